@@ -1,0 +1,316 @@
+"""
+Text in, token ids out: the 23 languages, the tokenizer and its chat template, JSONL rows, loss masks, batches.
+
+A row of data is one JSON object a line (the table is in README.md). Everything that can be wrong with a line is said
+with its file and line number. Order is a pure function of (seed, step), so a run can be repeated or continued exactly.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common import atomic_file, die
+
+# ---------------------------------------------------------------------------------------------------------------------
+# languages: Aya Expanse's 23, Chinese in both scripts. code -> (English name, family)
+
+LANGUAGES = {
+    "ar": ("Arabic", "Semitic"), "cs": ("Czech", "Slavic"), "de": ("German", "Germanic"), "el": ("Greek", "Hellenic"),
+    "en": ("English", "Germanic"), "es": ("Spanish", "Romance"), "fa": ("Persian", "Iranian"),
+    "fr": ("French", "Romance"), "he": ("Hebrew", "Semitic"), "hi": ("Hindi", "Indo-Aryan"),
+    "id": ("Indonesian", "Austronesian"), "it": ("Italian", "Romance"), "ja": ("Japanese", "Japonic"),
+    "ko": ("Korean", "Koreanic"), "nl": ("Dutch", "Germanic"), "pl": ("Polish", "Slavic"),
+    "pt": ("Portuguese", "Romance"), "ro": ("Romanian", "Romance"), "ru": ("Russian", "Slavic"),
+    "tr": ("Turkish", "Turkic"), "uk": ("Ukrainian", "Slavic"), "vi": ("Vietnamese", "Austroasiatic"),
+    "zh": ("Chinese (simplified)", "Sinitic"), "zh-Hant": ("Chinese (traditional)", "Sinitic")}
+
+# One teacher is trained per cluster of related languages; every cluster shares English, Spanish and French, as in Aya
+# Expanse. The paper's exact clusters are not published: these keep families and scripts together and are ours.
+SHARED = ["en", "es", "fr"]
+CLUSTERS = {"western": ["de", "nl", "it", "pt", "ro"] + SHARED, "eastern": ["cs", "pl", "ru", "uk", "el"] + SHARED,
+            "mideast": ["ar", "he", "fa", "tr", "hi"] + SHARED,
+            "asian": ["zh", "zh-Hant", "ja", "ko", "vi", "id"] + SHARED}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer and chat template
+
+SPECIAL = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
+           "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+           "<|SYSTEM_TOKEN|>"]  # Aya's names; the first eight also have Aya's ids
+ROLES = {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"}
+
+# A word keeps its combining marks (\p{M}: Hindi, Arabic; \u200c joins Persian), a digit is always a token of its own.
+WORD_PATTERN = r" ?[\p{L}\p{M}\u200c]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'].strip() }}"
+    "{% elif m['role'] == 'assistant' %}<|CHATBOT_TOKEN|>{{ m['content'].strip() }}"
+    "{% else %}<|SYSTEM_TOKEN|>{{ m['content'] }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}")  # what Aya Expanse renders
+
+
+def train_tokenizer(texts, vocab_size, folder):
+    """Byte-level BPE over an iterable of strings, written as tokenizer.json and tokenizer_config.json into `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    with atomic_file(Path(folder) / "tokenizer.json") as f:
+        f.write(tokenizer.to_str(pretty=False))
+    with atomic_file(Path(folder) / "tokenizer_config.json") as f:
+        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>", "pad_token": "<PAD>",
+                   "eos_token": "<|END_OF_TURN_TOKEN|>", "clean_up_tokenization_spaces": False,
+                   "chat_template": CHAT_TEMPLATE}, f, indent=2)
+
+
+class Chat:
+    """
+    A checkpoint folder's tokenizer and Aya's chat template, built from pieces: text is encoded piece by piece, so that
+    no prompt can merge with, or forge, a role token, and what is trained is exactly the completion and its end of turn.
+    """
+
+    def __init__(self, folder):
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            die(f"{path} not found: a checkpoint folder carries its tokenizer")
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        ids = {t: self.tokenizer.token_to_id(t) for t in SPECIAL}
+        needed = ["<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", *ROLES.values()]
+        if lost := [t for t in needed if ids[t] is None]:
+            die(f"{path} has no token {lost[0]}: only tokenizers with Aya's chat template are supported")
+        self.pad, self.bos, self.eos = ids["<PAD>"], ids["<BOS_TOKEN>"], ids["<EOS_TOKEN>"]
+        self.start, self.end = ids["<|START_OF_TURN_TOKEN|>"], ids["<|END_OF_TURN_TOKEN|>"]
+        self.role = {role: ids[token] for role, token in ROLES.items()}
+        self.special = {i for i in ids.values() if i is not None}
+        self.cache = {}  # prompts repeat: K samples, several epochs, several scorers
+
+    def encode(self, text):
+        """Ids of plain text. Special tokens spelled out in the text stay text: users cannot forge a turn."""
+        if text not in self.cache:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if not self.special.isdisjoint(ids):
+                ids = [i for part in self._split_special(text) for i in
+                       self.tokenizer.encode(part, add_special_tokens=False).ids]
+            self.cache[text] = ids
+        return self.cache[text]
+
+    def _split_special(self, text):
+        """Cuts after the first character of every special token's spelling, so that none of them is whole."""
+        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, SPECIAL)), text)]
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
+
+    def messages(self, prompt):
+        """A prompt is a string (one user turn) or a list of {"role", "content"} messages."""
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+    def turn(self, role, content):
+        return [self.start, self.role[role], *self.encode(content if role == "system" else content.strip()), self.end]
+
+    def prompt_ids(self, prompt):
+        """One BOS, the turns so far, and the header of the assistant's turn: what generation starts from."""
+        turns = [self.turn(m["role"], m["content"]) for m in self.messages(prompt)]
+        return [self.bos, *[i for t in turns for i in t], self.start, self.role["assistant"]]
+
+    def completion_ids(self, completion):
+        """The trained part: the text, stripped as the template strips it, and the end of the turn."""
+        return [*self.encode(completion.strip()), self.end]
+
+    def decode(self, ids):
+        """Text of generated ids up to the end of the turn; role tokens never reach the reader."""
+        ids = ids[:ids.index(self.end)] if self.end in ids else ids
+        return self.tokenizer.decode([i for i in ids if i not in self.special], skip_special_tokens=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows
+
+FIELDS = {"prompts": ("id", "language", "prompt"), "sft": ("language", "prompt", "completion"),
+          "preferences": ("language", "prompt", "chosen", "rejected"),
+          "completions": ("id", "language", "prompt", "completion")}
+
+
+def check_row(row, kind, where):
+    """Refuses a row with a missing, empty or ill-typed field or an unknown language; `where` is file:line."""
+    if not isinstance(row, dict):
+        die(f"{where}: a row is one JSON object, got {type(row).__name__}")
+    if row.get("language") not in LANGUAGES:
+        die(f"{where}: unknown language {row.get('language')!r}; known: {' '.join(LANGUAGES)}")
+    fields = FIELDS[kind]
+    if kind == "sft" and "messages" in row:
+        fields = ("language", "messages")
+    elif kind == "sft" and "text" in row:
+        fields = ("language", "text")
+    for name in fields:
+        value = row.get(name)
+        if value is None:
+            die(f"{where}: the row has no {name!r}; {kind} rows have {', '.join(fields)}")
+        if name in ("messages", "prompt") and isinstance(value, list):
+            good = value and all(isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+                                 for m in value)
+            if not good or (name == "messages" and value[-1]["role"] != "assistant"):
+                die(f"{where}: {name!r} must be messages with a role (system, user, assistant) and a content"
+                    + (", the last one the assistant's" if name == "messages" else ""))
+        elif not isinstance(value, str) or name == "messages":
+            die(f"{where}: {name!r} must be a string, got {type(value).__name__}")
+        elif not value.strip() and not (kind == "completions" and name == "completion"):  # a model may say nothing
+            die(f"{where}: {name!r} is empty; remove the row")
+    if kind == "preferences" and row["chosen"].strip() == row["rejected"].strip():
+        die(f"{where}: chosen and rejected are the same text; remove the row")
+
+
+def read_jsonl(path):
+    """Yields (row, "file:line") for every line of a UTF-8 JSONL file; blank lines are errors, as any other non-JSON."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    yield json.loads(line), f"{path}:{number}"
+                except json.JSONDecodeError as e:
+                    die(f"{path}:{number} is not JSON ({e.msg}); each line must be one JSON object")
+    except FileNotFoundError:
+        die(f"{path} not found")
+    except UnicodeDecodeError as e:
+        die(f"{path} is not UTF-8 (byte {e.start}): convert it, e.g. with iconv -t utf-8")
+
+
+def read_rows(path, kind):
+    """All rows of a file, each checked. kind: prompts, sft, preferences or completions."""
+    rows = []
+    for row, where in read_jsonl(path):
+        check_row(row, kind, where)
+        rows.append(row)
+    if not rows:
+        die(f"{path} holds no rows")
+    return rows
+
+
+def write_rows(path, rows):
+    """One JSON object a line, UTF-8, written beside and renamed. Returns how many rows."""
+    with atomic_file(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(rows)
+
+
+def read_mixture(specs, kind, seed):
+    """
+    Files with optional weights, `a.jsonl:0.85 b.jsonl:0.15`: shares of the mixture. The first file is taken whole and
+    the others are repeated or thinned (by seed) to reach their share. Without weights: all rows of all files.
+    """
+    parts = []
+    for spec in specs:
+        path, colon, weight = spec.rpartition(":")
+        try:
+            path, weight = (path, float(weight)) if colon else (spec, None)
+        except ValueError:
+            path, weight = spec, None  # a colon that belongs to the path
+        if weight is not None and weight <= 0:
+            die(f"{spec}: a weight must be above 0")
+        parts.append((read_rows(path, kind), weight))
+    if all(w is None for _, w in parts):
+        return [row for rows, _ in parts for row in rows]
+    if any(w is None for _, w in parts):
+        die("give every file a weight, or none of them")
+    rng, out = random.Random(seed), list(parts[0][0])
+    for rows, weight in parts[1:]:
+        wanted = round(len(parts[0][0]) * weight / parts[0][1])
+        whole, rest = divmod(wanted, len(rows))
+        out += rows * whole + rng.sample(rows, rest)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# examples and batches
+
+@dataclass
+class Example:
+    ids: list  # token ids
+    mask: list  # True where the token is trained; same length
+
+
+def encode_row(chat, prompt, completion):
+    """Prompt masked, completion and its end of turn trained."""
+    head, tail = chat.prompt_ids(prompt), chat.completion_ids(completion)
+    return Example(head + tail, [False] * len(head) + [True] * len(tail))
+
+
+def encode_sft(chat, row):
+    """{"prompt","completion"}, {"messages"} (every assistant turn is trained) or {"text"} (all of it, then EOS)."""
+    if "text" in row:
+        ids = [chat.bos, *chat.encode(row["text"]), chat.eos]
+        return Example(ids, [False] + [True] * (len(ids) - 1))
+    if "messages" not in row:
+        return encode_row(chat, row["prompt"], row["completion"])
+    ids, mask = [chat.bos], [False]
+    for m in row["messages"]:
+        turn = chat.turn(m["role"], m["content"])
+        ids += turn
+        mask += [False, False] + [m["role"] == "assistant"] * (len(turn) - 2)  # a turn opens with two header tokens
+    return Example(ids, mask)
+
+
+def drop_long(examples, max_tokens, languages):
+    """Indices of the examples that fit; what does not is counted per language and printed by the caller."""
+    kept, dropped = [], {}
+    for i, e in enumerate(examples):
+        if len(e.ids) <= max_tokens:
+            kept.append(i)
+        else:
+            dropped[languages[i]] = dropped.get(languages[i], 0) + 1
+    return kept, dropped
+
+
+def pad_batch(examples, pad, device=None):
+    """Right-padded: ids (B, T) int64 and loss_mask (B, T) bool."""
+    T = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), T), pad, dtype=torch.int64)
+    mask = torch.zeros((len(examples), T), dtype=torch.bool)
+    for i, e in enumerate(examples):
+        ids[i, :len(e.ids)] = torch.tensor(e.ids)
+        mask[i, :len(e.ids)] = torch.tensor(e.mask)
+    return ids.to(device), mask.to(device)
+
+
+def pack_batch(examples, device=None):
+    """
+    The same examples end to end in one row, without padding: ids (1, T), loss_mask (1, T), doc_start (1, T) int32.
+    Attention stays inside a document because doc_start says where each token's document begins.
+    """
+    ids, mask, start = [], [], []
+    for e in examples:
+        start += [len(ids)] * len(e.ids)
+        ids += e.ids
+        mask += e.mask
+    return (torch.tensor([ids], device=device), torch.tensor([mask], device=device),
+            torch.tensor([start], dtype=torch.int32, device=device))
+
+
+def batch_order(lengths, batch_size, max_steps, seed, window=16):
+    """
+    Yields `max_steps` lists of `batch_size` row numbers. Every epoch is a fresh permutation and no row is dropped at an
+    epoch's end; rows of a window of batches are sorted by length before they are cut, so that a batch holds little
+    padding. A pure function of its arguments.
+    """
+    rng, pool, batches = random.Random(seed), [], []
+    for _ in range(max_steps):
+        if not batches:
+            while len(pool) < batch_size * window:
+                epoch = list(range(len(lengths)))
+                rng.shuffle(epoch)
+                pool += epoch
+            rows, pool = pool[:batch_size * window], pool[batch_size * window:]
+            rows.sort(key=lambda i: lengths[i])
+            batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+            rng.shuffle(batches)
+        yield batches.pop()

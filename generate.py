@@ -1,0 +1,149 @@
+"""
+Sampling: batched, with a KV cache, and the same samples whatever the batch.
+
+Prompts of similar length share a batch; the K samples of a prompt share its prefill; rows that have ended leave the
+batch. Each token is drawn by inverse transform from one uniform number that depends only on (seed, prompt, sample,
+position), so neither batch size nor order nor the number of ranks changes what is drawn.
+
+python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out /tmp/completions.jsonl
+python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k8.jsonl --samples 8 --temperature 0.8
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+from common import die, init_distributed, parse_config, print0
+from data import Chat, read_rows, write_rows
+from model import KVCache, load
+
+
+@dataclass
+class Config:
+    model: str = "out/mini/final"  # checkpoint folder
+    prompts: str = "out/mini/data/test.jsonl"  # rows with id, language, prompt
+    out: str = "out/mini/completions.jsonl"  # one row a completion: id, language, prompt, completion, teacher, sample
+    max_new_tokens: int = 48  # longest completion, in tokens
+    temperature: float = 0.0  # 0: the most likely token each time (greedy)
+    top_p: float = 1.0  # keep the most likely tokens that hold this much probability
+    samples: int = 1  # completions per prompt
+    seed: int = 0  # of the draws
+    batch_size: int = 256  # rows in flight
+
+
+def uniforms(seed, prompts, samples, position):
+    """
+    One uniform number in [0, 1) for each (prompt, sample) at this position, by hashing the four numbers (splitmix64,
+    Steele et al. 2014): prompts, samples (n,) int arrays -> (n,) float64.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+        for part in (np.asarray(prompts), np.asarray(samples), np.full(len(prompts), position)):
+            z = (z ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+
+
+def draw(logits, temperature, top_p, u):
+    """logits (n, V), u (n,) uniform -> (n,) token ids: greedy at temperature 0, else softmax(logits / T) cut to top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:  # nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens that holds top_p
+        ranked, order = probs.sort(-1, descending=True, stable=True)
+        ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
+    total = probs.double().cumsum(-1)
+    target = u.to(total.device)[:, None] * total[:, -1:]
+    return torch.searchsorted(total, target, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, stop_ids=(), seed=0, prompt_keys=None,
+             batch_size=256, vocab_size=None):
+    """
+    prompts: list of lists of token ids -> for each prompt a list of `samples` lists of new ids (a stop id ends a
+    completion and is part of it). `prompt_keys`: a number per prompt that names it in the draws (default: its place);
+    `vocab_size`: ids from here on are never drawn (embeddings are often padded past the tokenizer).
+    """
+    device = next(model.parameters()).device
+    keys = np.asarray(range(len(prompts)) if prompt_keys is None else prompt_keys)
+    out = [[[] for _ in range(samples)] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    per_batch = max(1, batch_size // samples)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    for begin in common.progress(range(0, len(order), per_batch), "sampling"):
+        chunk = order[begin:begin + per_batch]
+        T = len(prompts[chunk[-1]])
+        ids = torch.zeros((len(chunk), T), dtype=torch.int64)
+        doc_start = torch.zeros((len(chunk), T + max_new_tokens), dtype=torch.int32)
+        for r, i in enumerate(chunk):  # left padding: every row's last prompt token is in the last column
+            pad = T - len(prompts[i])
+            ids[r, pad:], doc_start[r, pad:] = torch.tensor(prompts[i]), pad
+        ragged = bool(doc_start.any())
+        ids, doc_start = ids.to(device), doc_start.to(device)
+        cache = KVCache(model.cfg, len(chunk), T + max_new_tokens, next(model.parameters()).dtype, device)
+        logits = model.logits(model.hidden(ids, doc_start=doc_start if ragged else None, cache=cache)[:, -1])
+        # K samples of a prompt continue from one prefill
+        rows = torch.arange(len(chunk), device=device).repeat_interleave(samples)
+        logits, doc_start = logits[rows], doc_start[rows]
+        cache.take(rows)
+        place = [(i, k) for i in chunk for k in range(samples)]  # which completion each live row belongs to
+        for position in range(max_new_tokens):
+            if vocab_size is not None and vocab_size < logits.shape[1]:
+                logits = logits[:, :vocab_size]
+            u = None
+            if temperature > 0:
+                u = torch.from_numpy(uniforms(seed, [keys[i] for i, _ in place], [k for _, k in place], position))
+            token = draw(logits, temperature, top_p, u)
+            for (i, k), t in zip(place, token.tolist()):
+                out[i][k].append(t)
+            live = ~torch.isin(token, stops)
+            if position == max_new_tokens - 1 or not live.any():
+                break
+            if live.sum() < 0.75 * len(place):  # finished rows leave; moving the cache costs a copy, so not at every step
+                keep = live.nonzero().squeeze(1)
+                place, token, doc_start = [place[r] for r in keep.tolist()], token[keep], doc_start[keep]
+                cache.take(keep)
+            logits = model.logits(model.hidden(token[:, None], doc_start=doc_start if ragged else None, cache=cache)[:, -1])
+    return [[cut(c, stop_ids) for c in row] for row in out]
+
+
+def cut(ids, stop_ids):
+    """Ids up to and with the first stop id: a row that had ended may have stayed in the batch for a few steps."""
+    return next((ids[:n + 1] for n, t in enumerate(ids) if t in stop_ids), ids)
+
+
+def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256, teacher=""):
+    """Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks."""
+    place = range(common.rank(), len(rows), common.world())
+    with common.unsharded(model):
+        made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in place], max_new_tokens, temperature, top_p,
+                        samples, {chat.end}, seed, list(place), batch_size, chat.vocab_size)
+    done = [(i, k, chat.decode(ids), ids[-1] == chat.end) for i, completions in zip(place, made)
+            for k, ids in enumerate(completions)]
+    return [{"id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,
+             "teacher": teacher, "sample": k, "ended": ended} for i, k, text, ended in sorted(common.gather_list(done))]
+
+
+def main(cfg):
+    if "://" in cfg.model:
+        die("endpoints (URL#name) are not supported yet; give a checkpoint folder")
+    device = init_distributed()
+    model, chat = load(cfg.model, device=device), Chat(cfg.model)
+    rows = read_rows(cfg.prompts, "prompts")
+    done = complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
+                    cfg.batch_size, cfg.model)
+    cut_off = sum(not row["ended"] for row in done)
+    if common.is_main():
+        write_rows(cfg.out, done)
+    print0(f"{len(done)} completions of {len(rows)} prompts -> {cfg.out}"
+           + (f" ({cut_off} cut off at {cfg.max_new_tokens} tokens)" if cut_off else ""))
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

@@ -1,0 +1,9 @@
+"""The five operations worth fusing in a Cohere Command transformer, one file each; every file starts with its definition."""
+
+from .attention import attention
+from .layernorm import layernorm
+from .rope import rope
+from .swiglu import swiglu
+from .token_logps import token_logps
+
+__all__ = ["attention", "layernorm", "rope", "swiglu", "token_logps"]

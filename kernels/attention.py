@@ -1,0 +1,358 @@
+"""
+Causal grouped-query attention over packed documents: softmax(q k^T scale) v, where query i sees key j if
+
+    doc_start[i] <= j <= i      and, with a window, i - j < window
+
+doc_start is one int32 a token, the first position of its document, so packed sequences need no list of lengths, no copy to
+the host and no recompilation. Tiles are visited only where some query sees some key, and masked only where not all do.
+Dao et al. 2022, "FlashAttention", https://arxiv.org/abs/2205.14135: the scores stay on chip, one log-sum-exp a row is saved.
+
+FLOPs for S visible (query, key) pairs: 4 S H D forward (two matmuls), 10 S H D backward (five; seven are done, since dq has
+a kernel of its own: no atomics, so gradients are the same bits every time, and no fp32 copy of dq).
+Memory traffic: eager writes and reads (B, H, T, T) scores about six times; fused reads q, k, v and writes the output, once.
+A key head's gradient sums over the G = H / Hkv query heads that share it: one program loops over them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._triton import TensorDescriptor, tl, triton, use_triton
+
+# Tiles for an H100 or H200: (queries, keys, warps, stages), by kernel and bytes a row of D; nothing is tuned at start-up.
+TILES = {
+    "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (64, 64, 8, 2), 1024: (32, 32, 4, 1)},
+    "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2), 1024: (32, 32, 4, 1)},
+    "dkdv": {128: (64, 128, 8, 2), 256: (32, 128, 8, 2), 512: (32, 64, 8, 1), 1024: (16, 32, 4, 1)},
+}
+
+
+def visible(Tq, Tk, doc_start, window, device):
+    """True where query i sees key j: (Tq, Tk), or (B, 1, Tq, Tk) with doc_start. The queries are the last Tq positions."""
+    i = torch.arange(Tk - Tq, Tk, device=device)[:, None]
+    j = torch.arange(Tk, device=device)
+    mask = j <= i
+    if window is not None:
+        mask = mask & (i - j < window)
+    if doc_start is not None:
+        mask = (mask & (doc_start[:, -Tq:, None] <= j))[:, None]
+    return mask
+
+
+def attention_reference(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
+    """The definition, fp32 inside (fp64 for fp64). A query that sees no key at all gets zeros."""
+    Tq, Tk, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    acc = torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(acc).repeat_interleave(G, dim=2), v.to(acc).repeat_interleave(G, dim=2)  # query head h reads key head h // G
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(acc), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)  # Gemma 2, https://arxiv.org/abs/2408.00118
+    mask = visible(Tq, Tk, doc_start, window, q.device)
+    probs = scores.masked_fill(~mask, torch.finfo(acc).min).softmax(-1) * mask
+    return torch.einsum("bhij,bjhd->bihd", probs, v).to(q.dtype)
+
+
+# --- The kernels. A program owns a tile of queries (forward, dq) or of keys (dk and dv) and walks the other axis in three
+# --- phases: tiles at the edge of a document or window (masked), tiles that all see (not masked), the diagonal (masked).
+# --- Query m of the Tq sits at position m + Tk - Tq; first[m] is the first key it sees, from doc_start and window together.
+
+
+@triton.jit
+def _load(x, b, h, t0, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rows t0 .. t0 + BLOCK of one head: (BLOCK, D), with zeros past T. x is a descriptor, see _rows."""
+    return tl.reshape(x.load([b, h, t0, 0]), (BLOCK, D))
+
+
+@triton.jit
+def _store(x, b, h, t0, tile):
+    """The reverse: what lies past T is dropped."""
+    x.store([b, h, t0, 0], tl.reshape(tile.to(x.dtype), (1, 1, tile.shape[0], tile.shape[1])))
+
+
+@triton.jit
+def _finite(x):
+    """NaN and infinity become 0: a masked weight of 0 times another document's NaN would still be NaN."""
+    x32 = x.to(tl.float32)
+    return tl.where(x32 * 0.0 == 0.0, x32, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _score(qk, scale, SOFTCAP: tl.constexpr):
+    """The score in units of log 2, since the hardware has exp2, and its slope d score / d (qk * scale)."""
+    x = qk * scale
+    if SOFTCAP > 0:
+        t = 2.0 * tl.sigmoid(x * (2.0 / SOFTCAP)) - 1.0  # tanh(x / SOFTCAP)
+        return t * (SOFTCAP * 1.4426950408889634), 1.0 - t * t
+    else:
+        return x * 1.4426950408889634, 1.0
+
+
+@triton.jit
+def _phases(m0, m, Tq, shift, first, HAS_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Some of the queries m0 .. m0 + BM see keys lo .. hi; all of them see all of inner .. outer, a whole number of tiles."""
+    lo, inner = 0, 0
+    if HAS_FIRST:
+        lo = tl.min(tl.where(m < Tq, first, Tq + shift), 0)
+        inner = lo + tl.cdiv(tl.max(first, 0) - lo, BN) * BN
+    hi = tl.minimum(m0 + BM, Tq) + shift
+    outer = inner + tl.maximum(m0 + shift + 1 - inner, 0) // BN * BN
+    return lo, tl.minimum(inner, hi), tl.minimum(outer, hi), hi
+
+
+@triton.jit
+def _attention_forward(
+    q_rows, k_rows, v_rows, out_rows, lse_ptr, first_ptr, Tq, Tk, H, scale,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest rows start first
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    m = m0 + tl.arange(0, BM)
+    q = _load(q_rows, b, h, m0, BM, D)
+    first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
+    bounds = _phases(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
+    acc, total = tl.zeros((BM, D), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
+    top = tl.full((BM,), -1e30, dtype=tl.float32)  # below any score, yet finite: no inf - inf before the first visible key
+    for phase in tl.static_range(0 if HAS_FIRST else 1, 3):
+        for j0 in tl.range(bounds[phase], bounds[phase + 1], BN):
+            j = j0 + tl.arange(0, BN)
+            k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
+            s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+            if phase != 1:
+                sees = j[None, :] <= m[:, None] + (Tk - Tq)
+                if HAS_FIRST:
+                    sees &= j[None, :] >= first[:, None]
+                    s += tl.sum(v.to(tl.float32) * 0.0, 1)[None, :]  # NaN in v goes to those who see it, by the score
+                    v = _finite(v)
+                s = tl.where(sees, s, -float("inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - new_top[:, None])
+            rescale = tl.exp2(top - new_top)
+            total = total * rescale + tl.sum(p, 1)
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            top = new_top
+    nothing = total == 0.0  # a query that saw no key: zeros, and a log-sum-exp that makes its weights 0 in the backward
+    _store(out_rows, b, h, m0, acc / tl.where(nothing, 1.0, total)[:, None])
+    tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * Tq + m, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=m < Tq)
+
+
+# Backward, with P = exp(S - lse) recomputed from the saved log-sum-exp, dO the gradient of the output O:
+#   dV = P^T dO    dP = dO V^T    dS = P * (dP - delta), delta = rowsum(dO * O)    dQ = dS K scale    dK = dS^T Q scale
+
+
+@triton.jit
+def _attention_dq(
+    q_rows, k_rows, v_rows, out_rows, dout_rows, dq_rows, lse_ptr, delta_ptr, first_ptr, Tq, Tk, H, scale,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    m = m0 + tl.arange(0, BM)
+    row = tl.program_id(0).to(tl.int64) * Tq + m  # of lse and delta, (B, H, Tq)
+    q = _load(q_rows, b, h, m0, BM, D)
+    out, dout = _load(out_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=m < Tq)  # for the kernel of dk and dv, which runs next
+    lse = tl.load(lse_ptr + row, mask=m < Tq, other=float("inf"))
+    first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
+    bounds = _phases(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
+    dq = tl.zeros((BM, D), dtype=tl.float32)
+    for phase in tl.static_range(0 if HAS_FIRST else 1, 3):
+        for j0 in tl.range(bounds[phase], bounds[phase + 1], BN):
+            j = j0 + tl.arange(0, BN)
+            k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
+            s, slope = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None]) * slope
+            if phase != 1:
+                sees = j[None, :] <= m[:, None] + (Tk - Tq)
+                if HAS_FIRST:
+                    sees &= j[None, :] >= first[:, None]
+                    k = _finite(k)
+                ds = tl.where(sees, ds, 0.0)
+            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    _store(dq_rows, b, h, m0, dq * scale)
+
+
+@triton.jit
+def _attention_dkdv(
+    q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse_ptr, delta_ptr, end_ptr, Tq, Tk, H, scale,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    n0, Hkv, shift = tl.program_id(1) * BN, H // G, Tk - Tq
+    b, h_kv = tl.program_id(0) // Hkv, tl.program_id(0) % Hkv
+    j = n0 + tl.arange(0, BN)
+    k, v = _load(k_rows, b, h_kv, n0, BN, D), _load(v_rows, b, h_kv, n0, BN, D)
+    # queries lo .. hi see some of these keys; all of inner .. outer, a whole number of tiles, see all of them
+    lo, hi, last, end = tl.maximum(n0 - shift, 0), Tq, Tq, j
+    if HAS_FIRST:  # key j is seen by queries j - shift .. end[j]
+        end = tl.load(end_ptr + b.to(tl.int64) * Tk + j, mask=j < Tk, other=0)
+        hi, last = tl.max(end, 0), tl.min(end, 0)
+    inner = tl.minimum(lo + tl.cdiv(tl.maximum(n0 + BN - 1 - shift - lo, 0), BM) * BM, hi)
+    bounds = lo, inner, inner + tl.maximum(last - inner, 0) // BM * BM, hi
+    dk, dv = tl.zeros((BN, D), dtype=tl.float32), tl.zeros((BN, D), dtype=tl.float32)
+    for g in range(G):
+        h = h_kv * G + g
+        row = (b.to(tl.int64) * H + h) * Tq
+        if True:
+            for m0 in tl.range(lo, hi, BM):
+                m = m0 + tl.arange(0, BM)
+                q, dout = _load(q_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
+                lse = tl.load(lse_ptr + row + m, mask=m < Tq, other=float("inf"))
+                delta = tl.load(delta_ptr + row + m, mask=m < Tq, other=0.0)
+                s, slope = _score(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, SOFTCAP)  # S^T: (BN, BM)
+                p = tl.exp2(s - lse[None, :])
+                dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+                ds = p * (dp - delta[None, :]) * slope
+                if True:
+                    sees = j[:, None] <= m[None, :] + shift
+                    if HAS_FIRST:
+                        sees &= m[None, :] < end[:, None]
+                        p += delta[None, :] * 0.0  # NaN in dout goes to the values it should, though not by the matmul
+                        q, dout = _finite(q), _finite(dout)
+                    p, ds = tl.where(sees, p, 0.0), tl.where(sees, ds, 0.0)
+                dv += tl.dot(p.to(dout.dtype), dout, input_precision="ieee")
+                dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+    _store(dk_rows, b, h_kv, n0, dk * scale)
+    _store(dv_rows, b, h_kv, n0, dv)
+
+
+def _tiles(kernel, q):
+    return TILES[kernel][max(q.shape[-1] * q.element_size(), 128)]
+
+
+def _rows(block, *tensors):
+    """Descriptors of (B, T, H, D) tensors, `block` rows of one head at a time: on Hopper the copy engine (TMA) reads them."""
+    tensors = [x.transpose(1, 2) for x in tensors]  # (B, H, T, D): the compiler drops a box's unit axes if they lead
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[-1]]) for x in tensors]
+
+
+def _aligned(x):
+    """As it is if a descriptor can describe it: rows of D in one piece, everything on 16 bytes. Else a copy."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]] + [x.data_ptr()]
+    return x if x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) else x.contiguous()
+
+
+def _first_key(doc_start, window, Tq, Tk, batch, device):
+    """(B, Tq) int32, the first key each query sees, or None if that is key 0 for all."""
+    first = None if doc_start is None else doc_start[:, -Tq:]
+    if window is not None:
+        oldest = torch.arange(Tk - Tq, Tk, device=device) - (window - 1)
+        first = oldest.clamp(min=0).expand(batch, Tq) if first is None else torch.maximum(first, oldest)
+    return None if first is None else first.to(torch.int32).contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    """Saves q, k, v, the output and one fp32 log-sum-exp a query and head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, doc_start, window, softcap, scale):
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+        first = _first_key(doc_start, window, Tq, Tk, B, q.device)
+        out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+        lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, lse, first)
+        ctx.sizes = Tq, Tk, H, scale
+        ctx.settings = dict(G=H // Hkv, D=D, HAS_FIRST=first is not None, SOFTCAP=softcap or 0.0)
+        BM, BN, num_warps, num_stages = _tiles("forward", q)
+        _attention_forward[(B * H, triton.cdiv(Tq, BM))](
+            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, out), lse, first, *ctx.sizes,
+            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, first = ctx.saved_tensors
+        (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        end = None
+        if first is not None:  # queries are sorted by their first key, so those that see key j end at end[j]
+            keys = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, Tk).contiguous()
+            end = torch.searchsorted(first, keys, right=True, out_int32=True)
+        BM, BN, num_warps, num_stages = _tiles("dq", q)
+        _attention_dq[(B * H, triton.cdiv(Tq, BM))](
+            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, out, dout, dq), lse, delta, first, *ctx.sizes,
+            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        BM, BN, num_warps, num_stages = _tiles("dkdv", q)
+        _attention_dkdv[(B * Hkv, triton.cdiv(Tk, BN))](
+            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, dout), *_rows(BN, dk, dv), lse, delta, end, *ctx.sizes,
+            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None, None
+
+
+# --- the CPU path
+
+
+def _attention_dense(q, k, v, doc_start, window, softcap, scale):
+    """The definition in few passes: the G query heads of a key head are stacked into the rows of one batched matmul."""
+    (B, Tq, H, D), (_, Tk, Hkv, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
+    G = H // Hkv
+    q_rows = q.to(acc).transpose(1, 2).reshape(B * Hkv, G * Tq, D)
+    k_cols = k.to(acc).permute(0, 2, 3, 1).reshape(B * Hkv, D, Tk)
+    v_rows = v.to(acc).transpose(1, 2).reshape(B * Hkv, Tk, D)
+    mask = visible(Tq, Tk, doc_start, window, q.device)
+    bias = torch.zeros(mask.shape, dtype=acc, device=q.device).masked_fill_(~mask, torch.finfo(acc).min)
+    if doc_start is None:
+        bias = bias.repeat(G, 1)  # (G * Tq, Tk)
+    else:
+        bias = bias[:, :, None].expand(B, Hkv, G, Tq, Tk).reshape(B * Hkv, G * Tq, Tk)
+    if softcap is None:
+        scores = torch.baddbmm(bias, q_rows, k_cols, alpha=scale)
+    else:
+        scores = softcap * torch.tanh(torch.bmm(q_rows, k_cols) * (scale / softcap)) + bias
+    out = torch.bmm(scores.softmax(-1), v_rows).view(B, H, Tq, D).transpose(1, 2)
+    if doc_start is not None:  # a query that sees nothing (padding on the left)
+        out = torch.where(mask.any(-1).transpose(1, 2)[..., None], out, 0)
+    return out.to(q.dtype)
+
+
+def _attention_documents(q, k, v, starts, lengths, window, softcap, scale):
+    """Packed documents become the rows of padded batches, one for each power of two of the length: none sees another's."""
+    (B, T), outs, order = q.shape[:2], [], []
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    size = lengths.clamp(min=2).sub(1).log2().floor()
+    for s in size.unique():
+        start, length = starts[size == s, None], lengths[size == s, None]
+        offset = torch.arange(int(length.max()), device=q.device)
+        index = start + torch.minimum(offset, length - 1)  # (documents, longest); the last token again where one is shorter
+        rows = [x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in (q, k, v)]
+        outs.append(_attention_dense(*rows, None, window, softcap, scale)[offset < length])
+        order.append(index[offset < length])
+    return torch.cat(outs).index_select(0, torch.cat(order).argsort()).view(B, T, *q.shape[1:])
+
+
+def _attention_cpu(q, k, v, doc_start, window, softcap, scale):
+    (B, Tq), Tk = q.shape[:2], k.shape[1]
+    if doc_start is not None and Tq == Tk:
+        first = (doc_start + Tk * torch.arange(B, device=q.device)[:, None]).flatten()  # in the flattened batch
+        starts, lengths = first.unique_consecutive(return_counts=True)
+        if torch.equal(starts, lengths.cumsum(0) - lengths):  # every token's document starts where its run of tokens does
+            return _attention_documents(q, k, v, starts, lengths, window, softcap, scale)
+    if doc_start is None and window is None and softcap is None and (Tq == 1 or Tq == Tk >= 256):
+        # PyTorch's own: no (Tq, Tk) scores, but slower below 256 (measured: D = 32, fp32, one thread)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=Tq > 1, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+    return _attention_dense(q, k, v, doc_start, window, softcap, scale)
+
+
+def attention(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
+    """Causal attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), H a multiple of Hkv. Returns (B, Tq, H, D) in q's dtype.
+
+    The queries are the last Tq of the Tk positions: Tq == Tk trains, Tq < Tk decodes with a cache. doc_start (B, Tq) or
+    (B, Tk) int32 holds the first position of each token's document and never decreases along a row; window keeps the last
+    `window` keys of each query, itself included; softcap bounds the scores by softcap * tanh(score / softcap); scale
+    defaults to D ** -0.5. NaN stays in its document. On CUDA, D must be a power of two from 16 to 256.
+    """
+    (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+    if H % Hkv or Tq > Tk or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}: see the docstring")
+    scale = D**-0.5 if scale is None else scale
+    if not use_triton(q):
+        return _attention_cpu(q, k, v, doc_start, window, softcap, scale)
+    if D not in (16, 32, 64, 128, 256):
+        raise ValueError(f"the attention kernel needs D in 16, 32, 64, 128, 256, not {D}")
+    return _Attention.apply(q, k, v, doc_start, window, softcap, scale)

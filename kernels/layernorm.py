@@ -1,0 +1,102 @@
+"""
+LayerNorm without a bias, the norm of Cohere's Command models: (x - mean) / sqrt(var + eps) * weight over the last axis.
+Ba et al. 2016, https://arxiv.org/abs/1607.06450. The mean is subtracted (it is not RMSNorm), var is the mean of squares
+(divided by C, not C - 1), and mean, var and the product with the weight are fp32 with one rounding at the end.
+
+Memory traffic in passes over one (tokens, C) tensor; about 8 FLOPs an element forward:
+
+              eager, the formula op by op                                   fused
+    forward   to fp32, mean, subtract, square and mean, scale, weight: ~12  read 1, write 1 = 2
+    backward  ~20                                                           read 2, write 1 = 3, and (PROGRAMS, C) of dweight
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._triton import tl, triton, use_triton
+
+PROGRAMS = 264  # of the backward, two for each of the 132 multiprocessors of an H100 or H200; each keeps one row of dweight
+NUM_WARPS = 8
+
+
+def layernorm_reference(x, weight, eps):
+    """The definition, fp32 inside (fp64 for fp64). x: (..., C), weight: (C,) -> (..., C) in x's dtype."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    centred = x.to(acc) - x.to(acc).mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * rstd * weight.to(acc)).to(x.dtype)
+
+
+def _layernorm_cpu(x, weight, eps):
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(acc), weight.shape, weight.to(acc), None, eps).to(x.dtype)
+
+
+@triton.jit
+def _layernorm_forward(x_ptr, w_ptr, y_ptr, mean_ptr, rstd_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = col < C
+    x = tl.load(x_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=0) / C
+    centred = tl.where(inside, x - mean, 0.0)  # the row is in registers: two exact passes cost no more traffic than one
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    tl.store(y_ptr + row * C + col, centred * rstd * w, mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _layernorm_backward(
+    dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    # with h = (x - mean) rstd and d = dy w:   dx = rstd (d - mean(d) - h mean(d h)),   dweight = sum over rows of dy h
+    program, col = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = col < C
+    w = tl.load(w_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), dtype=tl.float32)
+    for n in range(program, N, tl.num_programs(0)):
+        row = n.to(tl.int64) if hasattr(n, "to") else n
+        x = tl.load(x_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        h = tl.where(inside, (x - mean) * rstd, 0.0)
+        d = dy * w
+        dx = rstd * (d - tl.sum(d, axis=0) / C - h * (tl.sum(d * h, axis=0) / C))
+        tl.store(dx_ptr + row * C + col, dx, mask=inside)
+        dw += dy * h
+    tl.store(dw_ptr + program * C + col, dw, mask=inside)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Saves x, weight and two fp32 numbers a row; dweight is summed in a fixed order, so it is the same every time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        C = x.shape[-1]
+        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        mean, rstd = torch.empty((2, x.numel() // C), dtype=torch.float32, device=x.device)
+        _layernorm_forward[(len(mean),)](
+            x, weight, y, mean, rstd, eps, C=C, BLOCK=triton.next_power_of_2(C), num_warps=NUM_WARPS
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        dy, dx, (N, C) = dy.contiguous(), torch.empty_like(x), (len(mean), x.shape[-1])
+        dw = torch.empty((min(PROGRAMS, N), C), dtype=torch.float32, device=x.device)
+        _layernorm_backward[(len(dw),)](
+            dy, x, weight, mean, rstd, dx, dw, N, C=C, BLOCK=triton.next_power_of_2(C), num_warps=NUM_WARPS
+        )
+        return dx, dw.sum(0).to(weight.dtype), None
+
+
+def layernorm(x, weight, eps):
+    """(x - mean) / sqrt(var + eps) * weight over the last axis. x: (..., C), weight: (C,). Returns (..., C) in x's dtype."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} must be x's last axis, x is {tuple(x.shape)}")
+    if use_triton(x):
+        return _LayerNorm.apply(x, weight.contiguous(), eps)
+    return _layernorm_cpu(x, weight, eps)

@@ -1,0 +1,175 @@
+"""
+Log-probability of each target token, straight from the hidden states:
+
+    token_logps[n] = log_softmax(hidden @ weight.T * logit_scale)[n, targets[n]]
+
+The (N, V) logits are never whole: 8,192 tokens at V = 256,000 would be 8.4 GB in fp32, before any gradient. The vocabulary
+goes by in slices; a running log-sum-exp joins them (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867), and
+because the backward then knows every row's log-sum-exp, its slices are independent too:
+
+    dlogits = g logit_scale (onehot(target) - exp(logit - lse)),  dhidden = dlogits @ weight,  dweight = dlogits.T @ hidden
+
+Slices of the vocabulary rather than of the rows: each row of dweight is then the result of ONE matmul over all N, whose
+accumulator is fp32, so no fp32 copy of the whole weight gradient (4.2 GB at 256,000 x 4,096) is held or re-read.
+
+FLOPs: 2NCV forward, 6NCV backward (the logits again, dhidden, dweight); one weight read each. Memory: SLICE fp32 logits and
+their dlogits in hidden's dtype, instead of eager's three to four fp32 (N, V). The matmuls are cuBLAS; Triton does the passes
+between, each one read of a slice (and one write, backward).
+"""
+
+import torch
+
+from ._triton import tl, triton, use_triton
+
+SLICE = 2**27  # logits held at once: 0.5 GB in fp32. 8,192 rows see 16,384 words at a time
+BLOCK = 4096  # words a program handles in one go
+NUM_WARPS = 8
+
+
+def token_logps_reference(hidden, weight, targets, logit_scale=1.0):
+    """The definition, fp32 inside (fp64 for fp64)."""
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(acc) @ weight.to(acc).T * logit_scale  # (N, V)
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+@triton.jit
+def _fold_slice(logits_ptr, targets_ptr, lse_ptr, picked_ptr, start, V, logit_scale, BLOCK: tl.constexpr):
+    # one row of a slice, words start .. start + V of the vocabulary, joins the row's log-sum-exp so far
+    row = tl.program_id(0).to(tl.int64)  # int64: a row's offset passes 2**31 at 8,389 rows of 256,000
+    logits_ptr += row * V
+    top, total = -float("inf"), 0.0
+    for v in range(0, V, BLOCK):
+        col = v + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + col, mask=col < V, other=-float("inf")) * logit_scale
+        new_top = tl.maximum(top, tl.max(z, axis=0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
+        top = new_top
+    slice_lse = top + tl.log(total)
+    lse = tl.load(lse_ptr + row)  # -inf before the first slice
+    high = tl.maximum(lse, slice_lse)
+    tl.store(lse_ptr + row, high + tl.log(tl.exp(lse - high) + tl.exp(slice_lse - high)))
+    target = tl.load(targets_ptr + row) - start
+    if (target >= 0) & (target < V):
+        tl.store(picked_ptr + row, tl.load(logits_ptr + target) * logit_scale)
+
+
+@triton.jit
+def _slice_gradient(
+    logits_ptr, targets_ptr, lse_ptr, g_ptr, dlogits_ptr, start, V, logit_scale, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lse, g = tl.load(lse_ptr + row), tl.load(g_ptr + row) * logit_scale
+    target = tl.load(targets_ptr + row) - start
+    for v in range(0, V, BLOCK):
+        col = v + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + col, mask=col < V, other=0.0) * logit_scale
+        onehot = tl.where(col == target, 1.0, 0.0)
+        tl.store(dlogits_ptr + row * V + col, g * (onehot - tl.exp(z - lse)), mask=col < V)
+
+
+def _matmul_fp32(a, b):
+    """a @ b with an fp32 result: cuBLAS rounds nothing to 16 bits on the way out. A CPU has no such matmul, so it converts."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Saves hidden, weight, targets and one log-sum-exp a row; the backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, logit_scale):
+        hidden, targets, (N, V) = hidden.contiguous(), targets.contiguous(), (len(hidden), len(weight))
+        lse = torch.full((N,), -torch.inf, dtype=torch.float32, device=hidden.device)
+        picked = torch.empty_like(lse)
+        for start, words in _slices(N, V):
+            logits = _matmul_fp32(hidden, weight[start : start + words].T)
+            _fold_slice[(N,)](
+                logits, targets, lse, picked, start, words, logit_scale, BLOCK=BLOCK, num_warps=NUM_WARPS
+            )
+            del logits  # before the next slice is made, or two are held
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.logit_scale = logit_scale
+        return picked - lse
+
+    @staticmethod
+    def backward(ctx, dlogps):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        dlogps, (N, V) = dlogps.contiguous(), (len(hidden), len(weight))
+        dhidden, dweight = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
+        for start, words in _slices(N, V):
+            weight_slice = weight[start : start + words]
+            logits = _matmul_fp32(hidden, weight_slice.T)
+            dlogits = torch.empty_like(logits, dtype=hidden.dtype)
+            _slice_gradient[(N,)](
+                logits, targets, lse, dlogps, dlogits, start, words, ctx.logit_scale, BLOCK=BLOCK, num_warps=NUM_WARPS
+            )
+            del logits
+            dhidden += _matmul_fp32(dlogits, weight_slice)
+            torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
+            del dlogits
+        return dhidden.to(hidden.dtype), dweight, None, None
+
+
+def _slices(N, V):
+    """(start, words) of each slice of the vocabulary: a multiple of 128 words, for the matmuls' tiles, but at the end."""
+    words = max(128, SLICE // max(N, 1) // 128 * 128)
+    return [(start, min(words, V - start)) for start in range(0, V, words)]
+
+
+class _TokenLogpsCPU(torch.autograd.Function):
+    """Rows go by in chunks; if one chunk holds them all, its softmax is kept and the backward has no logits to redo."""
+
+    CHUNK = 2048  # rows of logits held at once
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, logit_scale):
+        logps, kept = hidden.new_empty(len(hidden)), (None, None)
+        for rows in _TokenLogpsCPU.chunks(hidden):
+            logps[rows], kept = _TokenLogpsCPU.chunk(hidden[rows], weight, targets[rows], logit_scale)
+        if len(hidden) > _TokenLogpsCPU.CHUNK:
+            kept = (None, None)
+        ctx.save_for_backward(hidden, weight, targets, *kept)
+        ctx.logit_scale = logit_scale
+        return logps
+
+    @staticmethod
+    def backward(ctx, dlogps):
+        hidden, weight, targets, *kept = ctx.saved_tensors
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _TokenLogpsCPU.chunks(hidden):
+            h, t, g = hidden[rows], targets[rows], dlogps[rows, None] * ctx.logit_scale
+            exps, total = kept if kept[0] is not None else _TokenLogpsCPU.chunk(h, weight, t, ctx.logit_scale)[1]
+            # dlogits = g onehot - (g / total) exps: each part goes through the matmuls by itself, the sum is never formed
+            dhidden[rows] = torch.addcmul(g * weight[t], exps @ weight, -g / total)
+            dweight.addmm_(exps.T, h * (-g / total)).index_add_(0, t, h * g)
+        return dhidden, dweight, None, None
+
+    @staticmethod
+    def chunks(hidden):
+        return [slice(i, i + _TokenLogpsCPU.CHUNK) for i in range(0, len(hidden), _TokenLogpsCPU.CHUNK)]
+
+    @staticmethod
+    def chunk(hidden, weight, targets, logit_scale):
+        """The rows' log-probs, with exp(logit - the row's largest) (rows, V) and its sum (rows, 1)."""
+        logits = (hidden * logit_scale) @ weight.T
+        picked, top = logits.gather(1, targets[:, None]), logits.amax(-1, keepdim=True)
+        exps = logits.sub_(top).exp_()
+        total = exps.sum(-1, keepdim=True)
+        return (picked - top - total.log()).squeeze(1), (exps, total)
+
+
+def token_logps(hidden, weight, targets, logit_scale=1.0):
+    """Log-probability of targets (N,) int64 under hidden (N, C) and the head weight (V, C). Returns (N,) fp32.
+
+    Gradients flow to hidden and weight, each in its own dtype. Drop positions that carry no loss before the call: here they
+    would cost as much as the others. Targets must lie in [0, V); -100 and the like are the caller's to remove.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(
+            f"hidden must be (N, C), weight (V, C), targets (N,); got {tuple(hidden.shape)}, {tuple(weight.shape)}, "
+            f"{tuple(targets.shape)}"
+        )
+    if use_triton(hidden):
+        return _TokenLogps.apply(hidden, weight, targets, logit_scale)
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    return _TokenLogpsCPU.apply(hidden.to(acc), weight.to(acc), targets, logit_scale)

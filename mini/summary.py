@@ -1,0 +1,174 @@
+"""
+Puts a finished run of the miniature together: results.json (for report.py and for comparing seeds) and table.md.
+
+Win rates are judged here, from the samples that eval.py wrote: tasks/mini.py's judge reads the references and knows
+nothing of the reward model. Intervals are 95 % bootstrap percentiles that resample items, since all languages share them.
+
+python -m mini.summary --run out/mini
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from arbitrage import by_prompt, route
+from common import atomic_file, die, git_commit, hardware, parse_config
+from data import read_jsonl, read_rows
+from tasks.mini import clustered_interval, judge, normal
+
+MERGED = ("sft", "offline-dpo", "online-1", "online-2", "online-3")  # stages that are merged from parts
+ORDER = ("base", "sft-single", "sft", "offline-dpo", "online-only", "online-1", "online-2", "online-3")
+
+
+@dataclass
+class Config:
+    run: str = "out/mini"  # folder of a run
+    preset: str = "mini"  # recorded in results.json
+    seed: int = 0  # recorded in results.json
+
+
+def win_rate(mine, theirs):
+    """Samples of two models -> ([mean, low, high], {language: mean}) over the rows that both answered."""
+    other = {s["id"]: s["completion"] for s in theirs}
+    both = [s for s in mine if s["id"] in other]
+    scores = [judge(s["completion"], other[s["id"]], s["reference"]) for s in both]
+    by_language = {}
+    for s, score in zip(both, scores):
+        by_language.setdefault(s["language"], []).append(score)
+    return (list(clustered_interval(scores, [s["item"] for s in both])),
+            {language: statistics.fmean(v) for language, v in by_language.items()})
+
+
+def accuracy(samples, ids=None):
+    return statistics.fmean(s["correct"] for s in samples if ids is None or s["id"] in ids)
+
+
+def arbitrage_accuracy(run, references):
+    """Share of right completions of every single teacher and router, and of an oracle that sees the references."""
+    completions = read_rows(run / "arbitrage" / "completions.jsonl", "completions")
+    right = lambda row: normal(row["completion"]) == references[row["id"]]
+    groups = by_prompt(completions)
+    single = {}
+    for row in completions:
+        single.setdefault(row["teacher"], []).append(right(row))
+    found = {router: statistics.fmean(map(right, route(groups, router))) for router in ("reward", "fixed", "random")}
+    return {"routed": found["reward"], "fixed": found["fixed"], "random": found["random"],
+            "oracle": statistics.fmean(any(map(right, group)) for group in groups.values()),
+            "single": (single := {t: statistics.fmean(v) for t, v in single.items()}), "best_single": max(single.values())}
+
+
+def claims(stages, parts, arbitrage, rounds):
+    """What the recipe says, held against this run: [{"claim", "value", "holds"}]."""
+    em = {s["name"]: s["exact_match"] for s in stages}
+    win = {s["name"]: s["win_rate"]["sft"] for s in stages}
+    out = [("arbitrage data is more often right than the best single teacher's",
+            f"{arbitrage['routed']:.3f} against {arbitrage['best_single']:.3f}", arbitrage["routed"] > arbitrage["best_single"]),
+           ("arbitrage data is more often right than random routing's",
+            f"{arbitrage['routed']:.3f} against {arbitrage['random']:.3f}", arbitrage["routed"] > arbitrage["random"]),
+           ("SFT on it beats SFT on the best single teacher's data", f"exact match {em['sft']:.3f} against {em['sft-single']:.3f}",
+            em["sft"] > em["sft-single"]),
+           ("offline DPO raises the win rate over SFT", f"{win['offline-dpo'][0]:.3f} [{win['offline-dpo'][1]:.3f}, "
+            f"{win['offline-dpo'][2]:.3f}]", win["offline-dpo"][1] > 0.5),
+           ("online DPO raises it further", f"{win['online-3'][0]:.3f} after {win['offline-dpo'][0]:.3f}",
+            win["online-3"][0] > win["offline-dpo"][0]),
+           ("the final model beats the SFT model (the interval excludes one half)",
+            f"{win['online-3'][0]:.3f} [{win['online-3'][1]:.3f}, {win['online-3'][2]:.3f}]", win["online-3"][1] > 0.5)]
+    if "online-only" in win:
+        best = max(win["offline-dpo"][0], win["online-only"][0])
+        out.append(("offline then online beats either alone", f"{win['online-3'][0]:.3f} against offline "
+                    f"{win['offline-dpo'][0]:.3f}, online {win['online-only'][0]:.3f}", win["online-3"][0] > best))
+    for name, scores in parts.items():
+        out.append((f"the merge beats the mean of its parts ({name})",
+                    f"{em[name]:.3f} against {statistics.fmean(scores.values()):.3f}", em[name] > statistics.fmean(scores.values())))
+    for r in rounds:
+        out.append((f"best of K by the reward model is right more often than greedy (round {r['round']})",
+                    f"{r['best_of_k']:.3f} against {r['greedy']:.3f}", r["best_of_k"] > r["greedy"]))
+    return [{"claim": c, "value": v, "holds": bool(h)} for c, v, h in out]
+
+
+def markdown(results):
+    """The step-by-step table, the arbitrage table and the claims, as README shows them."""
+    show = lambda w: f"{100 * w[0]:.1f} [{100 * w[1]:.1f}, {100 * w[2]:.1f}]"
+    lines = ["| stage | exact match | chrF++ | win rate against SFT | win rate against the best teacher | seconds |",
+             "|---|---|---|---|---|---|"]
+    for s in results["stages"]:
+        lines.append(f"| {s['name']} | {100 * s['exact_match']:.1f} | {s['chrfpp']:.1f} | {show(s['win_rate']['sft'])} | "
+                     f"{show(s['win_rate']['best_teacher'])} | {s['seconds']:.0f} |")
+    a = results["arbitrage"]["accuracy"]
+    lines += ["", "| arbitrage data, share of right answers | |", "|---|---|",
+              *(f"| {t} | {100 * v:.1f} |" for t, v in a["single"].items()),
+              *(f"| {k} | {100 * a[v]:.1f} |" for k, v in (("random routing", "random"), ("fixed routing", "fixed"),
+                ("**routed by the reward model**", "routed"), ("oracle", "oracle"))),
+              "", "| online round | greedy | best of K by the reward model | oracle of K | reward, greedy | win rate against SFT after |",
+              "|---|---|---|---|---|---|"]
+    for r in results["rounds"]:
+        lines.append(f"| {r['round']} | {100 * r['greedy']:.1f} | {100 * r['best_of_k']:.1f} | {100 * r['oracle']:.1f} | "
+                     f"{r['reward_before']:.2f} | {show(r['win_rate_sft'])} |")
+    lines += ["", "| claim | this run | holds |", "|---|---|---|",
+              *(f"| {c['claim']} | {c['value']} | {'yes' if c['holds'] else '**no**'} |" for c in results["claims"])]
+    languages = results["stages"][0]["per_language"]
+    names = [s["name"] for s in results["stages"]]
+    lines += ["", "| exact match | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for language in languages:
+        cells = [f"{100 * s['per_language'][language]['exact_match']:.0f}" for s in results["stages"]]
+        lines.append(f"| {language} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + [""])
+
+
+def main(cfg):
+    run = Path(cfg.run)
+    if not (run / "eval").is_dir():
+        die(f"{run}/eval not found: run `python recipe.py` first")
+    samples = {p.parent.name: [row for row, _ in read_jsonl(p)] for p in sorted(run.glob("eval/*/samples_mini.jsonl"))}
+    table = {name: json.loads((run / "eval" / name / "results.json").read_text(encoding="utf-8"))["results"]["mini"]
+             for name in samples}
+    seconds = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in (run / "stages").glob("*.json")}
+    references = {r["id"]: normal(r["reference"]) for r in read_rows(run / "data" / "references.jsonl", "prompts")}
+    report = json.loads((run / "arbitrage" / "report.json").read_text(encoding="utf-8"))
+    # "the best single teacher" is the one with the highest mean reward: the references may not choose
+    best_teacher = max(report["mean_reward"]["single"], key=report["mean_reward"]["single"].get)
+    audit = json.loads((run / "rm-audit.json").read_text(encoding="utf-8"))
+
+    rounds = []
+    for number in (1, 2, 3):
+        found = json.loads((run / f"online-{number}-best-of-k.json").read_text(encoding="utf-8"))
+        rounds.append({"round": number, **found, "reward_before": found["reward_greedy"]})
+    stages = []
+    teachers = sorted(name for name in samples if name.startswith("teacher-"))
+    for name in [ORDER[0], *teachers, *(n for n in ORDER[1:] if n in samples)]:
+        sft, by_language = win_rate(samples[name], samples["sft"])
+        best, _ = win_rate(samples[name], samples[best_teacher])
+        stages.append({
+            "name": name, "exact_match": table[name]["all"]["exact_match"], "chrfpp": table[name]["all"]["chrfpp"],
+            "win_rate": {"sft": sft, "best_teacher": best}, "reward": next(
+                (r["reward_before"] for r in rounds if name == ("offline-dpo", "online-1", "online-2")[r["round"] - 1]), None),
+            "minimal_pairs": table[name]["all"]["minimal_pairs"], "language_match": table[name]["all"]["language_match"],
+            "seconds": seconds.get("teachers" if name in teachers else name, 0.0), "n": table[name]["all"]["n"],
+            "per_language": {l: {k: v for k, v in t.items() if not k.endswith(("_stderr", "_interval"))}
+                             | {"win_rate_sft": by_language.get(l)} for l, t in table[name].items() if l != "all"}})
+    for r, after in zip(rounds, ("online-1", "online-2", "online-3")):
+        stage = next(s for s in stages if s["name"] == after)
+        r |= {"win_rate_sft": stage["win_rate"]["sft"], "pairs": sum(
+            1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))}
+    parts = {}
+    for name in MERGED:
+        of = [p for p in samples if p.startswith(f"{name}-") and p not in ORDER]
+        if of:
+            parts[name] = {p: accuracy(samples[p]) for p in of}
+    accuracies = arbitrage_accuracy(run, references)
+    results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),
+               "seconds": round(sum(seconds.values()), 1), "stage_seconds": seconds, "best_teacher": best_teacher,
+               "stages": stages, "parts": parts, "arbiter_audit": audit, "rounds": rounds,
+               "arbitrage": {"accuracy": accuracies, "teacher_share": report["teacher_share"]},
+               "claims": claims(stages, parts, accuracies, rounds)}
+    with atomic_file(run / "table.md") as f:
+        f.write(markdown(results))
+    with atomic_file(run / "results.json") as f:
+        json.dump(results, f, ensure_ascii=False, indent=1)
+    print(f"{run / 'results.json'}: final exact match {stages[-1]['exact_match']:.3f}, win rate against SFT "
+          f"{stages[-1]['win_rate']['sft'][0]:.3f}")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

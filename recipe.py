@@ -1,0 +1,235 @@
+"""
+The Aya Expanse recipe, whole, as a visible list of commands (https://arxiv.org/abs/2412.04261):
+
+    base -> one teacher per language cluster -> reward model (the Arbiter) -> arbitrage -> SFT per cluster, merged
+         -> offline DPO per cluster, merged -> three online DPO rounds, each per cluster and merged -> evaluation
+
+python recipe.py                        # the miniature: two CPU cores, minutes; writes out/mini and its report.html
+python recipe.py --until sft            # stop after a stage; run again to go on: finished stages are skipped
+python recipe.py --preset 8b            # prints the plan for aya-expanse-8b on 8 GPUs; 32b likewise
+
+Every command is an ordinary script of this repository: copy a line and run it by hand. A stage counts as finished when
+its stamp in OUT/stages is written, which happens after all its files are complete; a kill costs at most one stage.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import atomic_file, die, parse_config
+from data import CLUSTERS
+
+HERE = Path(__file__).resolve().parent
+PYTHON = "python"  # shown in the commands; run with this interpreter
+
+
+@dataclass
+class Config:
+    preset: str = "mini"  # mini | smoke (the same in seconds, for tests) | 8b | 32b (print the plan only)
+    out: str = ""  # folder to write; default out/<preset>
+    seed: int = 0  # of everything: weights, order of data, samples
+    until: str = ""  # last stage to run
+    dry_run: bool = False  # print the commands, run nothing
+    ranks: int = 1  # processes per training command (torchrun); the mini runs two commands side by side instead
+    jobs: int = 2  # commands of one stage that run side by side; each gets cores / jobs threads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan: stages in order; a stage is a list of steps; the commands of one step do not depend on each other
+
+# The miniature's sizes and rates are ours, tuned on its own prompts; the papers publish no hyperparameters.
+MINI = {
+    "prepare": "", "model": "--hidden_size 128 --layers 4 --heads 4 --kv_heads 2 --intermediate_size 384",
+    "base": "--max_steps 200 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 200 --lr 2e-3",
+    "samples": "--samples 3 --temperature 1.0", "rm": "--max_steps 300 --lr 1e-3",
+    "sft": "--epochs 2 --lr 1e-3", "offline": "--epochs 1 --lr 5e-5 --beta 0.1",
+    "online": "--samples 8 --temperature 0.8 --epochs 2 --lr 1e-4 --beta 0.1", "limit": 0}
+SMOKE = MINI | {
+    "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",
+    "model": "--hidden_size 32 --layers 2 --heads 2 --kv_heads 1 --intermediate_size 64",
+    "base": "--max_steps 6 --lr 4e-3", "teacher": "--max_steps 4 --lr 2e-3", "samples": "--samples 2 --temperature 1.0",
+    "rm": "--max_steps 4", "sft": "--max_steps 4 --lr 1e-3", "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
+    "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4", "limit": 4}
+GROUPS = {"west": ["western", "eastern"], "east": ["mideast", "asian"]}
+
+
+def mini_plan(out, seed, sizes, ranks, preset):
+    """[(stage, [[command, ...], ...])] for the miniature; `ranks` > 1 trains under torchrun."""
+    python = PYTHON
+    train = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else PYTHON
+    data, teachers = f"{out}/data", [f"teacher-{c}" for c in CLUSTERS]
+    pool = " ".join(f"{out}/{t}" for t in teachers)
+    groups = {g: " ".join(dict.fromkeys(l for c in clusters for l in CLUSTERS[c])) for g, clusters in GROUPS.items()}
+    limit = f" --limit {sizes['limit']}" if sizes["limit"] else ""
+
+    def merge(name, parts):
+        return f"{python} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} --out {out}/{name} --overwrite"
+
+    def evaluate(name, models, against=()):
+        baselines = f" --baseline {' '.join(f'{out}/eval/{b}' for b in against)}" if against else ""
+        return (f"{python} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
+                f"--out {out}/eval{baselines}{limit}")
+
+    stages = [
+        ("data", [[f"{python} -m mini.prepare --out {out} --seed {seed} {sizes['prepare']}"]]),
+        ("base", [[f"{train} train_sft.py --model new --tokenizer {out}/tokenizer --data {data}/base.jsonl "
+                   f"--out {out}/base --seed {seed} {sizes['model']} {sizes['base']}"]]),
+        ("teachers", [[f"{train} train_sft.py --model {out}/base --data {data}/base.jsonl --languages {' '.join(languages)} "
+                       f"--out {out}/teacher-{cluster} --seed {seed} {sizes['teacher']}"
+                       for cluster, languages in CLUSTERS.items()],
+                      [merge("teachers", teachers)]]),
+        ("rm", [[f"{python} generate.py --model {out}/{m} --prompts {data}/rm_prompts.jsonl --out {out}/rm-samples/{m}.jsonl "
+                 f"--seed {seed} {sizes['samples']}" for m in ["base", *teachers]],
+                [f"{python} -m mini.pairs --rows {data}/rm_rows.jsonl --samples "
+                 + " ".join(f"{out}/rm-samples/{m}.jsonl" for m in ["base", *teachers]) + f" --out {out}/rm-pairs --seed {seed}"],
+                [f"{train} train_rm.py --model {out}/teachers --pairs {out}/rm-pairs/pairs.jsonl --out {out}/rm --seed {seed} "
+                 f"{sizes['rm']}"],
+                [f"{python} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit --out {out}/rm-audit.json"]]),
+        ("arbitrage", [[f"{train} arbitrage.py --prompts {data}/arbitrage.jsonl --teachers {pool} --reward_model {out}/rm "
+                        f"--router reward --out {out}/arbitrage --seed {seed}"],
+                       [f"{python} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router {router} "
+                        f"--out {out}/arbitrage-{router} --seed {seed}" for router in ("single", "random")]]),
+    ]
+    for name, folder in (("sft", "arbitrage"), ("sft-single", "arbitrage-single")):
+        stages.append((name, [
+            [f"{train} train_sft.py --model {out}/base --data {out}/{folder}/sft.jsonl --languages {languages} "
+             f"--out {out}/{name}-{group} --seed {seed} {sizes['sft']}" for group, languages in groups.items()],
+            [merge(name, [f"{name}-{g}" for g in groups])]]))
+    stages.append(("offline-dpo", [
+        [f"{train} train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl --languages {languages} "
+         f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}" for group, languages in groups.items()],
+        [merge("offline-dpo", [f"offline-dpo-{g}" for g in groups])]]))
+    policy = "offline-dpo"
+    for number in (1, 2, 3):
+        name = f"online-{number}"
+        stages.append((name, [
+            [f"{train} train_dpo.py --model {out}/{policy} --prompts {data}/online-{number}.jsonl --languages {languages} "
+             f"--reward_model {out}/rm --out {out}/{name}-{group} --seed {seed + number} {sizes['online']}"
+             for group, languages in groups.items()],
+            [merge(name, [f"{name}-{g}" for g in groups])]]))
+        policy = name
+    parts = [f"{stage}-{g}" for stage in ("sft", "offline-dpo", "online-1", "online-2", "online-3") for g in groups]
+    main = ["base", "sft-single", "sft", "offline-dpo", "online-1", "online-2", "online-3", "online-only"]
+    stages.append(("eval", [[evaluate(main[::2]), evaluate(main[1::2])],
+                            [evaluate([*teachers[::2], *parts[::2]]), evaluate([*teachers[1::2], *parts[1::2]])]]))
+    stages.append(("report", [[f"{python} -m mini.summary --run {out} --preset {preset} --seed {seed}"],
+                              [f"{python} report.py --run {out}"]]))
+    return stages
+
+
+def real_plan(preset):
+    """The same pipeline for aya-expanse on 8 GPUs, with the data a user brings. Rates are ours: none are published."""
+    base = {"8b": "CohereLabs/aya-expanse-8b", "32b": "CohereLabs/aya-expanse-32b"}[preset]
+    rates = {"8b": ("2e-5", "5e-7"), "32b": ("1e-5", "3e-7")}[preset]
+    out, train = f"out/{preset}", "torchrun --standalone --nproc_per_node=8"
+    clusters = {c: " ".join(languages) for c, languages in CLUSTERS.items()}
+    sft = f"--batch_size 256 --micro_batch_size 4 --max_tokens 4096 --lr {rates[0]} --weight_decay 0 --epochs 1"
+    dpo = f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr {rates[1]} --beta 0.1"
+
+    def per_cluster(stage, command):
+        return [(stage, [[f"{train} {command(c)} --languages {languages} --out {out}/{stage}-{c}"
+                          for c, languages in clusters.items()],
+                         [f"python merge.py --models {' '.join(f'{out}/{stage}-{c}' for c in clusters)} --out {out}/{stage}"]])]
+
+    stages = per_cluster("teacher", lambda c: f"train_sft.py --model {base} --data data/teacher.jsonl {sft}")
+    stages += [("rm", [[f"{train} train_rm.py --model {out}/teacher --pairs data/rm_pairs.jsonl --out {out}/rm "
+                        f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr 5e-6 --weight_decay 0"],
+                       [f"python reward.py --model {out}/rm --rows data/m_rewardbench.jsonl --audit --out {out}/rm-audit.json"]]),
+               ("arbitrage", [[f"{train} arbitrage.py --prompts data/prompts.jsonl --teachers "
+                               f"{' '.join(f'{out}/teacher-{c}' for c in clusters)} --reward_model {out}/rm --temperature 0.7 "
+                               f"--max_new_tokens 1024 --out {out}/arbitrage"]])]
+    stages += per_cluster("sft", lambda c: f"train_sft.py --model {base} --data {out}/arbitrage/sft.jsonl {sft}")
+    stages += per_cluster("offline-dpo", lambda c: f"train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl {dpo}")
+    policy = "offline-dpo"
+    for number in (1, 2, 3):
+        start = policy
+        stages += per_cluster(f"online-{number}", lambda c: (
+            f"train_dpo.py --model {out}/{start} --prompts data/online-{number}.jsonl --reward_model {out}/rm --rounds 1 "
+            f"--samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"))
+        policy = f"online-{number}"
+    return stages + [("eval", [[f"{train} eval.py --model {out}/{policy} --tasks mini --data data/eval --out {out}/eval"]])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running it
+
+def run_command(command, log, threads):
+    """Runs one command, output into `log`. Returns (seconds, its last line); dies with the end of the log if it fails."""
+    words = shlex.split(command)
+    if words[0] == PYTHON:
+        words[0] = sys.executable
+    elif words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    begin = time.time()
+    with open(log, "w", encoding="utf-8") as f:
+        code = subprocess.run(words, cwd=HERE, stdout=f, stderr=subprocess.STDOUT, env=environment).returncode
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code:
+        die(f"`{command}` failed with exit status {code}:\n  " + "\n  ".join(lines[-12:]) + f"\nits whole output is in {log}")
+    return time.time() - begin, lines[-1] if lines else ""
+
+
+def run_stage(name, steps, out, jobs):
+    """The steps of a stage one after another, the commands of a step side by side; then the stage's stamp."""
+    logs, begin = out / "logs", time.time()
+    logs.mkdir(parents=True, exist_ok=True)
+    timed = []
+    for number, commands in enumerate(steps):
+        for command in commands:
+            print(f"  $ {command}", flush=True)
+        threads = max(1, (os.cpu_count() or 1) // min(jobs, len(commands)))
+        with ThreadPoolExecutor(jobs) as pool:
+            work = [pool.submit(run_command, c, logs / f"{name}-{number}-{i}.log", threads) for i, c in enumerate(commands)]
+            for command, done in zip(commands, work):
+                seconds, last = done.result()
+                timed.append([command, round(seconds, 1)])
+                print(f"  {seconds:6.1f} s  {last}", flush=True)
+    with atomic_file(out / "stages" / f"{name}.json") as f:
+        json.dump({"stage": name, "seconds": round(time.time() - begin, 1), "commands": timed}, f, indent=1)
+    print(f"  stage {name}: {time.time() - begin:.1f} s", flush=True)
+
+
+def main(cfg):
+    real = cfg.preset in ("8b", "32b")
+    if not real and cfg.preset not in ("mini", "smoke"):
+        die(f"unknown preset {cfg.preset!r}; known: mini smoke 8b 32b")
+    out = Path(cfg.out or f"out/{cfg.preset}")
+    sizes = MINI if cfg.preset == "mini" else SMOKE
+    stages = real_plan(cfg.preset) if real else mini_plan(str(out), cfg.seed, sizes, cfg.ranks, cfg.preset)
+    names = [name for name, _ in stages]
+    if cfg.until and cfg.until not in names:
+        die(f"unknown stage {cfg.until!r}; the stages are {' '.join(names)}")
+    if cfg.until:
+        stages = stages[:names.index(cfg.until) + 1]
+    if real or cfg.dry_run:
+        for name, steps in stages:
+            print(f"# {name}")
+            print("\n".join(command for commands in steps for command in commands) + "\n")
+        if real:
+            print("# This preset prints its plan; run the lines one by one. data/ holds your own files (formats: README.md).")
+        return
+    os.chdir(HERE)
+    for number, (name, steps) in enumerate(stages, 1):
+        stamp = out / "stages" / f"{name}.json"
+        if stamp.exists():
+            done = json.loads(stamp.read_text(encoding="utf-8"))
+            if [c for c, _ in done["commands"]] != [c for commands in steps for c in commands]:
+                die(f"{out} was made with other commands (stage {name}): give another --out, or remove {out} to start over")
+            print(f"[{number}/{len(stages)}] {name}: finished earlier in {done['seconds']} s", flush=True)
+            continue
+        print(f"[{number}/{len(stages)}] {name}", flush=True)
+        run_stage(name, steps, out, cfg.jobs)
+    if stages[-1][0] == "report":
+        print((out / "table.md").read_text(encoding="utf-8"))
+        print(f"the picture: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

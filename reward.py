@@ -1,0 +1,175 @@
+"""
+The Arbiter: a reward model that reads a prompt and a completion and returns one number. Higher is better, and numbers
+are compared only between completions of one prompt.
+
+Ours is a Command transformer with a scalar head on every token of the completion; the reward is the mean of the head
+over the completion, plus learned multiples of the mean and the smallest log-probability that its language-model head
+gives to the completion's tokens. A head on the last token alone learns gross errors (wrong language, cut off) and stays
+at chance on near misses; one wrong token in the middle is exactly what the smallest log-probability sees.
+
+python reward.py --model out/mini/rm --rows completions.jsonl --out scored.jsonl     # adds "reward" to every row
+python reward.py --model out/mini/rm --rows pairs.jsonl --audit --out audit.json     # accuracy per language
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import common
+from common import atomic_file, die, full_state_dict, is_main, parse_config, print0
+from data import Chat, encode_row, pad_batch, read_rows, write_rows
+from model import Transformer, fill, load, read_weights, write_checkpoint
+from model import Config as ModelConfig
+
+ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
+
+
+@dataclass
+class Config:
+    model: str = "out/mini/rm"  # reward-model folder
+    rows: str = "out/mini/completions.jsonl"  # completion rows to score, or preference rows with --audit
+    out: str = "out/mini/scored.jsonl"  # the same rows with "reward"; with --audit the table as JSON
+    audit: bool = False  # accuracy, reward mean and spread, and correlation with length, per language
+    batch_tokens: int = 8192  # tokens per forward, padding included
+
+
+class RewardModel(Transformer):
+    """A Transformer (its own language-model head stays: it gives the log-probabilities) with a scalar head."""
+
+    def __init__(self, cfg, response_token):
+        super().__init__(cfg)
+        self.response_token = response_token  # id of the assistant's role token: the completion follows its last one
+        self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
+        self.logp_weight = nn.Parameter(torch.tensor([1.0, 1.0]))  # of the mean and of the smallest log-probability
+
+    def completion_mask(self, ids, lengths):
+        """(B, T) bool: True on the tokens of the last assistant turn, its end of turn included."""
+        place = torch.arange(ids.shape[1], device=ids.device)
+        header = torch.where(ids == self.response_token, place, -1)
+        header = torch.where(place < lengths[:, None], header, -1).amax(1, keepdim=True)
+        return (place > header) & (place < lengths[:, None])
+
+    def forward(self, ids, lengths, with_logps=False):
+        """
+        ids (B, T) right-padded, lengths (B,) -> rewards (B,) fp32; with_logps also the completion's token log-probs
+        (B, T - 1), 0 elsewhere, and its mask (B, T): what the language-model loss beside Bradley-Terry needs.
+        """
+        mask = self.completion_mask(ids, lengths)
+        hidden = self.hidden(ids)
+        logps = self.selected_logps(hidden, ids, mask)  # (B, T - 1)
+        count = mask.sum(1).clamp(min=1)
+        head = (self.score(hidden).squeeze(-1).float() * mask).sum(1) / count
+        smallest = logps.masked_fill(~mask[:, 1:], 0.0).amin(1)
+        reward = head + self.logp_weight[0] * logps.sum(1) / count + self.logp_weight[1] * smallest
+        return (reward, logps, mask) if with_logps else reward
+
+
+def load_reward_model(path, dtype=None, device=None):
+    """A folder that train_rm.py wrote -> RewardModel. Anything else is refused by the name of its architecture."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        die(f"reward model {path} not found: train one with train_rm.py, or run `python recipe.py --until rm`")
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if ARCHITECTURE not in raw.get("architectures", []):
+        die(f"{path}: architecture {raw.get('architectures')} is not a reward model that reward.py knows ({ARCHITECTURE})")
+    tensors = read_weights(path)
+    model = RewardModel(ModelConfig.from_json(path / "config.json"), raw["response_token_id"])
+    model.to(dtype=dtype or tensors["score.weight"].dtype)
+    fill(model, tensors, path)
+    return model.to(device) if device else model
+
+
+def new_reward_model(path, device=None):
+    """A reward model that starts from a causal checkpoint: its weights, and a head of zeros."""
+    base, chat = load(path), Chat(path)
+    model = RewardModel(base.cfg, chat.role["assistant"])
+    model.model.load_state_dict(base.model.state_dict())
+    nn.init.zeros_(model.score.weight)
+    return model.to(device) if device else model
+
+
+def write_reward_model(folder, model, source):
+    """The folder load_reward_model reads; call on all ranks, inside atomic_dir."""
+    state = full_state_dict(model)
+    if is_main():
+        write_checkpoint(folder, state, model.cfg.to_json(ARCHITECTURE, response_token_id=model.response_token), source)
+
+
+@torch.no_grad()
+def score(model, chat, pairs, batch_tokens=8192):
+    """
+    [(prompt, completion)] -> list of rewards, in order; each (prompt, completion) is scored once and rows are batched by
+    length. Split over the ranks.
+    """
+    device = next(model.parameters()).device
+    unique = list(dict.fromkeys((json.dumps(p), c) for p, c in pairs))
+    mine = [(key, encode_row(chat, json.loads(key[0]), key[1])) for key in unique[common.rank()::common.world()]]
+    mine.sort(key=lambda item: len(item[1].ids))
+    found, begin = {}, 0
+    with common.unsharded(model):
+        while begin < len(mine):
+            end = begin + 1
+            while end < len(mine) and (end + 1 - begin) * len(mine[end][1].ids) <= batch_tokens:
+                end += 1
+            batch = [e for _, e in mine[begin:end]]
+            ids, _ = pad_batch(batch, chat.pad, device)
+            rewards = model(ids, torch.tensor([len(e.ids) for e in batch], device=device)).tolist()
+            found |= {key: r for (key, _), r in zip(mine[begin:end], rewards)}
+            begin = end
+    found = dict(common.gather_list(list(found.items())))
+    if broken := [c for (_, c), r in found.items() if not math.isfinite(r)]:
+        die(f"the reward of {broken[0][:60]!r} is not a number: the reward model is damaged")
+    return [found[json.dumps(p), c] for p, c in pairs]
+
+
+def best_and_worst(rewards, margin=0.0):
+    """Indices of the highest and lowest reward, or None if they are no more than `margin` apart (a tie teaches noise)."""
+    best, worst = max(range(len(rewards)), key=rewards.__getitem__), min(range(len(rewards)), key=rewards.__getitem__)
+    return (best, worst) if rewards[best] - rewards[worst] > margin else None
+
+
+def audit(rows, chosen, rejected):
+    """
+    Preference rows and their rewards -> {language or "all": accuracy (ties half), mean and spread of rewards, correlation
+    of reward with length in characters, n}: is this Arbiter better than chance in each language?
+    """
+    table = {}
+    for language in ["all", *dict.fromkeys(r["language"] for r in rows)]:
+        at = [i for i, r in enumerate(rows) if language in ("all", r["language"])]
+        rewards = [chosen[i] for i in at] + [rejected[i] for i in at]
+        lengths = [len(rows[i]["chosen"]) for i in at] + [len(rows[i]["rejected"]) for i in at]
+        varied = len(set(lengths)) > 1 and len(set(rewards)) > 1
+        table[language] = {
+            "accuracy": statistics.fmean((chosen[i] > rejected[i]) + 0.5 * (chosen[i] == rejected[i]) for i in at),
+            "mean": statistics.fmean(rewards), "spread": statistics.pstdev(rewards),
+            "length_correlation": statistics.correlation(rewards, lengths) if varied else 0.0, "n": len(at)}
+    return table
+
+
+def main(cfg):
+    device = common.init_distributed()
+    model, chat = load_reward_model(cfg.model, device=device), Chat(cfg.model)
+    rows = read_rows(cfg.rows, "preferences" if cfg.audit else "completions")
+    if not cfg.audit:
+        rewards = score(model, chat, [(r["prompt"], r["completion"]) for r in rows], cfg.batch_tokens)
+        if is_main():
+            write_rows(cfg.out, [row | {"reward": r} for row, r in zip(rows, rewards)])
+        return print0(f"{len(rows)} rewards, mean {statistics.fmean(rewards):.3f} -> {cfg.out}")
+    both = score(model, chat, [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows], cfg.batch_tokens)
+    table = audit(rows, both[:len(rows)], both[len(rows):])
+    if is_main():
+        with atomic_file(cfg.out) as f:
+            json.dump(table, f, ensure_ascii=False, indent=1)
+    print0("language  accuracy   mean  spread  corr(length)      n")
+    for language, t in table.items():
+        print0(f"{language:<9} {t['accuracy']:8.3f} {t['mean']:6.2f} {t['spread']:7.2f} {t['length_correlation']:13.2f} "
+               f"{t['n']:6d}")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

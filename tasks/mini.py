@@ -1,0 +1,128 @@
+"""
+The miniature's own benchmark: held-out items, one right answer each, in every language.
+
+    exact_match     share of answers equal to the reference (Unicode NFC, spaces trimmed)
+    chrfpp          corpus chrF++ against the reference (tasks/flores.py)
+    language_match  share of answers that a character n-gram model takes for the language asked for: language confusion
+    minimal_pairs   share of items whose reference is likelier than a near miss (zero-shot discrimination, as in XCOPA)
+    win_rate        against another model: exact match decides, then chrF++; equal is half. The judge is the reference,
+                    never the reward model that training climbs, so reward hacking would show.
+
+Items are shared by the languages, so intervals resample items, not rows (clustered bootstrap).
+"""
+
+import random
+import unicodedata
+
+import numpy as np
+import torch
+
+from data import encode_row, pad_batch
+from generate import complete
+from mini.items import WrongAnswers, load_items
+from mini.langid import LanguageModel
+from tasks.flores import chrf, corpus_chrf
+
+
+FILE = "test.jsonl"  # in the data folder: rows with id, language, task, prompt, reference
+
+
+def item_of(row):
+    """The id without its language: what the languages share. spell-ar-517 -> spell 517."""
+    return row["id"].replace(f"{row['task']}-{row['language']}-", f"{row['task']} ", 1)
+
+
+def normal(text):
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def judge(a, b, reference):
+    """1.0 if answer `a` beats `b`, 0.0 if it loses, 0.5 for a tie. Reads nothing but the texts and the reference."""
+    right = (normal(a) == normal(reference), normal(b) == normal(reference))
+    if right[0] != right[1]:
+        return float(right[0])
+    if right[0] or a == b:
+        return 0.5
+    score = chrf(a, [reference]), chrf(b, [reference])
+    return 0.5 if score[0] == score[1] else float(score[0] > score[1])
+
+
+def clustered_interval(values, clusters, seed=0, resamples=2000):
+    """
+    Mean of `values` and its 95 % percentile interval when whole clusters are drawn with replacement:
+    (n,), (n,) -> (mean, low, high).
+    """
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    total = np.bincount(index, weights=values, minlength=len(names))
+    count = np.bincount(index, minlength=len(names))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    means = total[drawn].sum(1) / count[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean(values)), float(low), float(high)
+
+
+def answer(model, chat, rows, seed=0):
+    """Greedy answers: rows -> sample rows with completion, correct and the item."""
+    made = complete(model, chat, rows, max_new_tokens=48, seed=seed)
+    return [{"id": r["id"], "item": item_of(r), "language": r["language"], "task": r["task"], "prompt": r["prompt"],
+             "reference": r["reference"], "completion": m["completion"], "ended": m["ended"],
+             "correct": normal(m["completion"]) == normal(r["reference"])} for r, m in zip(rows, made)]
+
+
+@torch.no_grad()
+def minimal_pairs(model, chat, rows, batch_size=128):
+    """
+    One near miss per row (a plural form, direction, unit or digit that is wrong), and 1.0 where the model gives the
+    reference a higher mean log-prob per token: -> list of floats (None where the item has no near miss).
+    """
+    wrong, device = WrongAnswers(load_items()), next(model.parameters()).device
+    found, jobs = [None] * len(rows), []
+    for i, row in enumerate(rows):
+        x = item_of(row).split(" ", 1)[1]
+        near = [(why, text) for why, text in wrong(row["task"], x, row["language"], random.Random(row["id"]))
+                if why in ("wrong_plural", "wrong_direction", "one_digit_off", "wrong_unit")]
+        if near:
+            jobs.append((i, encode_row(chat, row["prompt"], row["reference"]), encode_row(chat, row["prompt"], near[0][1])))
+    jobs.sort(key=lambda job: len(job[1].ids))
+    for begin in range(0, len(jobs), batch_size):
+        batch = jobs[begin:begin + batch_size]
+        ids, mask = pad_batch([j[1] for j in batch] + [j[2] for j in batch], chat.pad, device)
+        mean = model.token_logps(ids, mask).sum(1) / mask.sum(1)
+        right, wrong_one = mean.chunk(2)
+        for (i, _, _), better in zip(batch, (right > wrong_one).tolist()):
+            found[i] = float(better)
+    return found
+
+
+def per_language(samples, pairs, baselines, identify):
+    """
+    samples, their minimal-pair outcomes, {name: samples of another model} -> {language or "all": {metric: value, ...}}.
+    Standard errors of "all" are of the clustered bootstrap's interval (a quarter of its width).
+    """
+    for s, pair in zip(samples, pairs):
+        s["minimal_pair"], s["language_seen"] = pair, identify(s["completion"])
+    for name, other in baselines.items():
+        theirs = {s["id"]: s["completion"] for s in other}
+        for s in samples:
+            s[f"win_rate_{name}"] = judge(s["completion"], theirs[s["id"]], s["reference"]) if s["id"] in theirs else None
+    table = {}
+    for language in ["all", *dict.fromkeys(s["language"] for s in samples)]:
+        at = [s for s in samples if language in ("all", s["language"])]
+        columns = {"exact_match": [float(s["correct"]) for s in at],
+                   "language_match": [float(s["language_seen"] == s["language"]) for s in at],
+                   "minimal_pairs": [s["minimal_pair"] for s in at]}
+        columns |= {f"win_rate_{name}": [s[f"win_rate_{name}"] for s in at] for name in baselines}
+        row = {"n": len(at), "chrfpp": corpus_chrf([s["completion"] for s in at], [[s["reference"]] for s in at])}
+        for metric, values in columns.items():
+            kept = [(v, s["item"]) for v, s in zip(values, at) if v is not None]
+            if kept:
+                mean, low, high = clustered_interval([v for v, _ in kept], [c for _, c in kept])
+                row |= {metric: mean, f"{metric}_stderr": (high - low) / 3.92, f"{metric}_interval": [low, high]}
+        table[language] = row
+    return table
+
+
+def run(model, chat, rows, baselines):
+    """Everything above for one model: -> (samples, {language: metrics})."""
+    samples = answer(model, chat, rows)
+    return samples, per_language(samples, minimal_pairs(model, chat, rows), baselines, LanguageModel.shipped().identify)
