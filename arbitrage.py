@@ -127,15 +127,20 @@ def main(cfg):
         completions = ask(cfg, read_rows(cfg.prompts, "prompts"), device)
     groups = by_prompt(completions)
     chosen, pairs = route(groups, cfg.router, cfg.seed, cfg.fixed_on), preference_rows(groups, cfg.margin)
+    if not chosen:
+        die(f"router {cfg.router} has nothing to route: every completion was cut off at {cfg.max_new_tokens} tokens or empty; "
+            "train the teachers longer, or raise --max_new_tokens")
     shares = {}
     for row in chosen:
         share = shares.setdefault(row["language"], {})
         share[row["teacher"]] = share.get(row["teacher"], 0) + 1
     report = {"router": cfg.router, "prompts": len(groups), "routed": len(chosen), "pairs": len(pairs),
               "unusable": sum(not (r.get("ended", True) and r["completion"].strip()) for r in completions),
-              "mean_reward": {"single": mean_rewards(completions)} | {router: statistics.fmean(
-                  r["reward"] for r in route(groups, router, cfg.seed, cfg.fixed_on)) for router in ROUTERS},
+              "teacher_mean_reward": mean_rewards(completions), "router_mean_reward": {},
               "teacher_share": {l: {t: n / sum(s.values()) for t, n in s.items()} for l, s in shares.items()}}
+    for router in ROUTERS:  # over the prompts it found a usable completion for; None: it found none
+        rewards = [r["reward"] for r in route(groups, router, cfg.seed, cfg.fixed_on)]
+        report["router_mean_reward"][router] = statistics.fmean(rewards) if rewards else None
     with common.atomic_dir(cfg.out) as folder:
         if common.is_main():
             write_rows(folder / "completions.jsonl", completions)
@@ -145,8 +150,8 @@ def main(cfg):
             (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     print0(f"router {cfg.router}: {len(chosen)} of {len(groups)} prompts routed, {len(pairs)} pairs, {report['unusable']} of "
            f"{len(completions)} completions cut off or empty -> {cfg.out}")
-    for router in ROUTERS:
-        print0(f"mean reward, {router:<6} {report['mean_reward'][router]:.3f}")
+    for router, mean in report["router_mean_reward"].items():
+        print0(f"mean reward, {router:<6} " + ("-" if mean is None else f"{mean:.3f}"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ print0(). On one process each of them does nothing, so reading a script "for one
     cfg = parse_config(Config)
 """
 
+import ast
 import contextlib
 import dataclasses
 import inspect
@@ -19,10 +20,10 @@ import math
 import os
 import platform
 import random
-import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import tokenize
 import types
@@ -31,6 +32,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
+from safetensors import SafetensorError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,11 +46,11 @@ def die(message):
 
 def _help_texts(config_class):
     """Field name -> its trailing comment, read from the class's own source (one place for default, type and help)."""
-    source = inspect.getsource(config_class)
+    source = textwrap.dedent(inspect.getsource(config_class))
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
                 if t.type == tokenize.COMMENT}
-    lines = source.splitlines()
-    return {m[1]: comments.get(i + 1, "") for i, line in enumerate(lines) if (m := re.match(r"\s+(\w+)\s*:", line))}
+    return {node.target.id: comments.get(node.end_lineno, "") for node in ast.parse(source).body[0].body
+            if isinstance(node, ast.AnnAssign)}
 
 
 def _convert(flag, text, kind):
@@ -73,14 +76,15 @@ def parse_config(config_class, argv=None):
         texts = _help_texts(config_class)
         print((sys.modules[config_class.__module__].__doc__ or "").strip() + "\n\nflags:")
         for name, f in fields.items():
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            print(f"  --{name:<20} {texts.get(name, '')}  (default: {default!r})")
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            default = None if required else f.default_factory() if f.default is dataclasses.MISSING else f.default
+            print(f"  --{name:<20} {texts.get(name, '')}  " + ("(required)" if required else f"(default: {default!r})"))
         raise SystemExit(0)
     while argv:
         word = argv.pop(0)
         name, given, inline = word.partition("=")
         name = name.removeprefix("--").replace("-", "_")
-        negated = name.startswith("no_") and name not in fields and name[3:] in fields
+        negated = name.startswith("no_") and name not in fields and hints.get(name[3:]) is bool
         if negated:
             name = name[3:]
         if not word.startswith("--") or name not in fields:
@@ -191,6 +195,7 @@ def unsharded(model):
         return
     from torch.distributed.fsdp import FSDPModule
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    model._get_fsdp_state()._lazy_init()  # sampling enters at the blocks: the first to run would make itself the root
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
@@ -200,6 +205,8 @@ def unsharded(model):
         for m in parts:
             m.reshard()
             m.set_reshard_after_forward(True, recurse=False)
+        # the next backward would prefetch what ran before it, here: another layer, or none, on every rank
+        model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 def full_state_dict(model):
@@ -228,12 +235,41 @@ def cosine_lr(step, max_steps, peak, warmup=0, floor=0.0):
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+class AdamW:
+    """
+    Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's own fused update and the same
+    numbers as torch.optim.AdamW. That class is not used because its first call imports the compiler, three seconds on a
+    CPU, and a recipe in miniature is many short commands.
+    """
+
+    def __init__(self, groups, betas, eps=1e-8):
+        """groups: [{"params": [...], "weight_decay": float}], as torch.optim has them."""
+        self.param_groups, self.betas, self.eps, self.lr = groups, betas, eps, 0.0
+        self.state = {}  # parameter -> (mean of the gradient, mean of its square, step count), made at the first step
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
+            means, squares, steps = map(list, zip(*(self.state[p] for p in params))) if params else ([], [], [])
+            adamw(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+                  beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=group["weight_decay"], eps=self.eps)
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
 def make_optimizer(model, weight_decay, betas=(0.9, 0.95)):
     """AdamW; matrices decay, norm weights do not. Built after wrap(), so that it sees the shards."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+    params = [(p, p.ndim >= 2 and "norm" not in name) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for p, matrix in params if matrix], "weight_decay": weight_decay},  # q_norm, k_norm: (H, D)
+              {"params": [p for p, matrix in params if not matrix], "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], betas)
 
 
 def optimizer_step(model, optimizer, lr, max_norm):
@@ -242,10 +278,9 @@ def optimizer_step(model, optimizer, lr, max_norm):
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(norm):
         die(f"the gradient norm is {norm}: nothing was updated; lower --lr, or look for a broken row in the data")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.lr = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -264,9 +299,9 @@ def _fsync(path):
 def atomic_file(path, mode="w"):
     """A file handle; the file appears under its name, whole and on disk, only when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
@@ -276,7 +311,8 @@ def atomic_file(path, mode="w"):
     except OSError as e:
         die(f"cannot write {path}: {e.strerror or e}; nothing that was finished before is lost: mend it and run again")
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or nothing can be written there
+            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -286,10 +322,12 @@ def atomic_dir(path):
     replaced). A kill leaves at most a `.partial` folder, which the next run removes. Rank 0 writes, all ranks wait.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
         try:
+            if old.exists() and not path.exists():
+                os.rename(old, path)  # a kill came between the two renames below
             partial.mkdir(parents=True)
         except OSError as e:
             die(f"cannot write {path}: {e.strerror or e}")
@@ -301,7 +339,6 @@ def atomic_dir(path):
             for file in partial.rglob("*"):
                 if file.is_file():
                     _fsync(file)
-            old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.rename(path, old)  # a rename cannot replace a folder that holds files
@@ -309,7 +346,7 @@ def atomic_dir(path):
             _fsync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         barrier()
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         if isinstance(e, OSError) or "No space left" in str(e) or "os error" in str(e).lower():
             die(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was finished before is intact")
         raise

@@ -144,7 +144,7 @@ def check_row(row, kind, where):
     """Refuses a row with a missing, empty or ill-typed field or an unknown language; `where` is file:line."""
     if not isinstance(row, dict):
         die(f"{where}: a row is one JSON object, got {type(row).__name__}")
-    if row.get("language") not in LANGUAGES:
+    if row.get("language") not in tuple(LANGUAGES):  # a tuple: what cannot be hashed is refused as well
         die(f"{where}: unknown language {row.get('language')!r}; known: {' '.join(LANGUAGES)}")
     fields = FIELDS[kind]
     if kind == "sft" and "messages" in row:
@@ -155,13 +155,14 @@ def check_row(row, kind, where):
         value = row.get(name)
         if value is None:
             die(f"{where}: the row has no {name!r}; {kind} rows have {', '.join(fields)}")
-        if name in ("messages", "prompt") and isinstance(value, list):
-            good = value and all(isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
-                                 for m in value)
+        if name == "messages" or (name == "prompt" and isinstance(value, list)):
+            good = isinstance(value, list) and value and all(
+                isinstance(m, dict) and m.get("role") in tuple(ROLES) and isinstance(m.get("content"), str)
+                and (m["content"].strip() or m["role"] == "system") for m in value)
             if not good or (name == "messages" and value[-1]["role"] != "assistant"):
-                die(f"{where}: {name!r} must be messages with a role (system, user, assistant) and a content"
-                    + (", the last one the assistant's" if name == "messages" else ""))
-        elif not isinstance(value, str) or name == "messages":
+                die(f"{where}: {name!r} must be a list of messages with a role (system, user, assistant) and a content that "
+                    "is not empty" + (", the last one the assistant's" if name == "messages" else ""))
+        elif not isinstance(value, str):
             die(f"{where}: {name!r} must be a string, got {type(value).__name__}")
         elif not value.strip() and not (kind == "completions" and name == "completion"):  # a model may say nothing
             die(f"{where}: {name!r} is empty; remove the row")
@@ -172,16 +173,23 @@ def check_row(row, kind, where):
 def read_jsonl(path):
     """Yields (row, "file:line") for every line of a UTF-8 JSONL file; blank lines are errors, as any other non-JSON."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    yield json.loads(line), f"{path}:{number}"
+                    row = json.loads(line.decode("utf-8"))
+                    if b"\\ud" in line.lower():
+                        json.dumps(row, ensure_ascii=False).encode("utf-8")
                 except json.JSONDecodeError as e:
                     die(f"{path}:{number} is not JSON ({e.msg}); each line must be one JSON object")
+                except UnicodeDecodeError as e:
+                    die(f"{path}:{number} is not UTF-8 (byte {e.start} of the line): convert it, e.g. with iconv -t utf-8")
+                except UnicodeEncodeError:
+                    die(f"{path}:{number} holds half of a character (a \\ud... escape without its other half); mend the row")
+                yield row, f"{path}:{number}"
     except FileNotFoundError:
         die(f"{path} not found")
-    except UnicodeDecodeError as e:
-        die(f"{path} is not UTF-8 (byte {e.start}): convert it, e.g. with iconv -t utf-8")
+    except OSError as e:
+        die(f"{path} cannot be read: {e.strerror}")
 
 
 def read_rows(path, kind):
@@ -299,18 +307,22 @@ def pack_batch(examples, device=None):
 def batch_order(lengths, batch_size, max_steps, seed, window=16):
     """
     Yields `max_steps` lists of `batch_size` row numbers. Every epoch is a fresh permutation and no row is dropped at an
-    epoch's end; rows of a window of batches are sorted by length before they are cut, so that a batch holds little
-    padding. A pure function of its arguments.
+    epoch's end: at any step no row was seen more than once more than another. Rows of a window of batches are sorted by
+    length before they are cut, so that a batch holds little padding. A pure function of its arguments.
     """
-    rng, pool, batches = random.Random(seed), [], []
+    rng, rest, batches = random.Random(seed), [], []
     for _ in range(max_steps):
-        if not batches:
-            while len(pool) < batch_size * window:
-                epoch = list(range(len(lengths)))
-                rng.shuffle(epoch)
-                pool += epoch
-            rows, pool = pool[:batch_size * window], pool[batch_size * window:]
-            rows.sort(key=lambda i: lengths[i])
-            batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-            rng.shuffle(batches)
-        yield batches.pop()
+        while not batches:
+            epoch = list(range(len(lengths)))
+            rng.shuffle(epoch)
+            rows = rest + sorted(epoch, key=set(rest).__contains__)  # the batch over the seam holds no row twice
+            begin, end = 0, batch_size if rest else batch_size * window  # and stands alone: epochs do not mix
+            whole = len(rows) // batch_size * batch_size
+            while begin < whole:
+                part = sorted(rows[begin:min(end, whole)], key=lambda i: lengths[i])
+                cut = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+                rng.shuffle(cut)
+                batches += cut
+                begin, end = end, end + batch_size * window
+            rest = rows[whole:]
+        yield batches.pop(0)

@@ -9,7 +9,7 @@ python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --o
 python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k8.jsonl --samples 8 --temperature 0.8
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from model import KVCache, load
 class Config:
     model: str = "out/mini/final"  # checkpoint folder
     prompts: str = "out/mini/data/test.jsonl"  # rows with id, language, prompt
+    languages: list[str] = field(default_factory=list)  # answer only prompts in these languages (default: all)
     out: str = "out/mini/completions.jsonl"  # one row a completion: id, language, prompt, completion, teacher, sample
     max_new_tokens: int = 48  # longest completion, in tokens
     temperature: float = 0.0  # 0: the most likely token each time (greedy)
@@ -39,8 +40,8 @@ def uniforms(seed, prompts, samples, position):
     Steele et al. 2014): prompts, samples (n,) int arrays -> (n,) float64.
     """
     with np.errstate(over="ignore"):
-        z = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
-        for part in (np.asarray(prompts), np.asarray(samples), np.full(len(prompts), position)):
+        z, seeds = np.uint64(0), np.full(len(prompts), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        for part in (seeds, np.asarray(prompts), np.asarray(samples), np.full(len(prompts), position)):
             z = (z ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -54,7 +55,7 @@ def draw(logits, temperature, top_p, u):
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:  # nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens that holds top_p
-        ranked, order = probs.sort(-1, descending=True, stable=True)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
         probs = torch.zeros_like(probs).scatter_(1, order, ranked)
     total = probs.double().cumsum(-1)
@@ -70,6 +71,9 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
     completion and is part of it). `prompt_keys`: a number per prompt that names it in the draws (default: its place);
     `vocab_size`: ids from here on are never drawn (embeddings are often padded past the tokenizer).
     """
+    if temperature < 0 or not 0 < top_p <= 1 or samples < 1 or max_new_tokens < 1:
+        die("sampling needs temperature >= 0, 0 < top_p <= 1, samples >= 1 and max_new_tokens >= 1; got "
+            f"{temperature}, {top_p}, {samples} and {max_new_tokens}")
     device = next(model.parameters()).device
     keys = np.asarray(range(len(prompts)) if prompt_keys is None else prompt_keys)
     out = [[[] for _ in range(samples)] for _ in prompts]
@@ -92,7 +96,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
         rows = torch.arange(len(chunk), device=device).repeat_interleave(samples)
         logits, doc_start = logits[rows], doc_start[rows]
         cache.take(rows)
-        place = [(i, k) for i in chunk for k in range(samples)]  # which completion each live row belongs to
+        place = [(i, k) for i in chunk for k in range(samples)]  # which completion each row belongs to
+        live = torch.ones(len(place), dtype=torch.bool, device=device)  # rows that have not ended
         for position in range(max_new_tokens):
             if vocab_size is not None and vocab_size < logits.shape[1]:
                 logits = logits[:, :vocab_size]
@@ -102,12 +107,13 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
             token = draw(logits, temperature, top_p, u)
             for (i, k), t in zip(place, token.tolist()):
                 out[i][k].append(t)
-            live = ~torch.isin(token, stops)
+            live &= ~torch.isin(token, stops)
             if position == max_new_tokens - 1 or not live.any():
                 break
             if live.sum() < 0.75 * len(place):  # finished rows leave; moving the cache costs a copy, so not at every step
                 keep = live.nonzero().squeeze(1)
-                place, token, doc_start = [place[r] for r in keep.tolist()], token[keep], doc_start[keep]
+                place, token = [place[r] for r in keep.tolist()], token[keep]
+                doc_start, live = doc_start[keep], live[keep]
                 cache.take(keep)
             logits = model.logits(model.hidden(token[:, None], doc_start=doc_start if ragged else None, cache=cache)[:, -1])
     return [[cut(c, stop_ids) for c in row] for row in out]
@@ -135,7 +141,9 @@ def main(cfg):
         die("endpoints (URL#name) are not supported yet; give a checkpoint folder")
     device = init_distributed()
     model, chat = load(cfg.model, device=device), Chat(cfg.model)
-    rows = read_rows(cfg.prompts, "prompts")
+    rows = [r for r in read_rows(cfg.prompts, "prompts") if not cfg.languages or r["language"] in cfg.languages]
+    if not rows:
+        die(f"{cfg.prompts} holds no prompt in {' '.join(cfg.languages)}")
     done = complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
                     cfg.batch_size, cfg.model)
     cut_off = sum(not row["ended"] for row in done)

@@ -293,7 +293,7 @@ def functional(config):
     tied = c.get("model_type", "").startswith(("cohere", "gemma"))
     return {"tie_word_embeddings": tied, "use_qk_norm": False, "attention_bias": False, "rope_parameters": rope,
             "num_key_value_heads": c.get("num_attention_heads"),
-            "head_dim": c.get("hidden_size", 0) // c.get("num_attention_heads", 1), **c}
+            "head_dim": c.get("hidden_size", 0) // (c.get("num_attention_heads") or 1), **c}
 
 
 def check_configs(configs, who):
@@ -340,7 +340,9 @@ class Checkpoint:
             die(f"checkpoint {folder} not found: give a local folder (`hf download NAME --local-dir DIR` fetches one)")
         self.config, index = read_json(self.folder / "config.json"), self.folder / "model.safetensors.index.json"
         if index.exists():
-            where = read_json(index).get("weight_map") or die(f"{index} has no weight_map; copy it again")
+            where = read_json(index).get("weight_map")
+            if not where or not isinstance(where, dict):
+                die(f"{index} has no weight_map; copy it again")
             for name, file in where.items():
                 if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
                     die(f"{index}: tensor {name} lies in {file!r}, which is no safetensors file of this folder")
@@ -418,6 +420,7 @@ def main(cfg):
     for flag in ("weights", "density", "lam", "normalize", "t", "seed"):
         if flag not in USES[cfg.method] and getattr(cfg, flag) != getattr(Config(), flag):
             print(f"note: --{flag} has no effect on --method {cfg.method}")
+    cfg.weights = cfg.weights or [1.0] * len(cfg.models)
 
     # 2) layout: the first model's files; in each the widest dtype first, so that every tensor is aligned
     first, K, layout = parents[0], len(cfg.models), {}

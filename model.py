@@ -66,6 +66,8 @@ class Config:
             die(f"{path}: scaled RoPE would change the numbers and is not supported")
         if raw.get("attention_bias") or not raw.get("tie_word_embeddings", True):
             die(f"{path}: attention_bias and an untied head are not part of this architecture")
+        if raw.get("hidden_act", "silu") != "silu":
+            die(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; the MLP is SwiGLU (silu)")
         known = {f.name for f in dataclasses.fields(Config)}
         values = {k: v for k, v in raw.items() if k in known and v is not None}
         if "rope_theta" in parameters:
@@ -239,10 +241,11 @@ class Transformer(nn.Module):
     def selected_logps(self, hidden, ids, loss_mask):
         """hidden (B, T, C): the head runs on the trained rows only, so prompts and padding cost no logits."""
         B, T = ids.shape
-        rows = loss_mask[:, 1:].reshape(-1).nonzero().squeeze(1)
+        b, t = loss_mask[:, 1:].nonzero(as_tuple=True)
+        rows = b * (T - 1) + t
         logps = token_logps(hidden[:, :-1].reshape(B * (T - 1), -1).index_select(0, rows), self.model.embed_tokens.weight,
                             ids[:, 1:].reshape(-1)[rows], self.cfg.logit_scale)
-        return torch.zeros(B * (T - 1), dtype=logps.dtype, device=ids.device).index_put((rows,), logps).view(B, T - 1)
+        return torch.zeros((B, T - 1), dtype=logps.dtype, device=ids.device).index_put((b, t), logps)  # no view: FSDP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +259,10 @@ def read_weights(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError):
+            die(f"{index} is damaged: it must be JSON with a weight_map; copy it again")
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
@@ -276,7 +282,7 @@ def fill(module, tensors, folder):
     """Copies tensors into a module by name; any missing, surplus or misshapen tensor is refused by name."""
     own = dict(module.state_dict())
     tensors.pop("lm_head.weight", None)  # some folders store the tied head a second time
-    for name in own.keys() | tensors.keys():
+    for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors or name not in own:
             die(f"{folder}: tensor {name} is {'missing' if name in own else 'not part of this architecture'}")
         if own[name].shape != tensors[name].shape:
@@ -299,7 +305,7 @@ def load(path, dtype=None, device=None):
         die(f"checkpoint {path} not found: give a folder, or make the miniature's with `python recipe.py`")
     cfg = Config.from_json(path / "config.json")
     tensors = read_weights(path)
-    model = Transformer(cfg).to(dtype=dtype or next(iter(tensors.values())).dtype)
+    model = Transformer(cfg).to(dtype=dtype or next((t.dtype for t in tensors.values()), None))
     fill(model, tensors, path)
     return model.to(device) if device else model
 

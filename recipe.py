@@ -37,6 +37,7 @@ class Config:
     until: str = ""  # last stage to run
     dry_run: bool = False  # print the commands, run nothing
     ranks: int = 1  # processes per training command (torchrun); the mini runs two commands side by side instead
+    controls: bool = False  # also train the control that skips the offline stage (about a minute)
     jobs: int = 2  # commands of one stage that run side by side; each gets cores / jobs threads
 
 
@@ -46,49 +47,55 @@ class Config:
 # The miniature's sizes and rates are ours, tuned on its own prompts; the papers publish no hyperparameters.
 MINI = {
     "prepare": "", "model": "--hidden_size 128 --layers 4 --heads 4 --kv_heads 2 --intermediate_size 384",
-    "base": "--max_steps 200 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 200 --lr 2e-3",
-    "samples": "--samples 3 --temperature 1.0", "rm": "--max_steps 300 --lr 1e-3",
-    "sft": "--epochs 2 --lr 1e-3", "offline": "--epochs 1 --lr 5e-5 --beta 0.1",
-    "online": "--samples 8 --temperature 0.8 --epochs 2 --lr 1e-4 --beta 0.1", "limit": 0}
+    "base": "--max_steps 300 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 150 --lr 2e-3",
+    "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3",
+    "sft": "--epochs 3 --lr 1e-3", "offline": "--epochs 1 --lr 1e-4 --beta 1",
+    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 4e-4 --beta 1", "rounds": 3, "limit": " --limit 60",
+    "groups": {"west": ["western", "eastern"], "east": ["mideast", "asian"]}}
 SMOKE = MINI | {
     "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",
     "model": "--hidden_size 32 --layers 2 --heads 2 --kv_heads 1 --intermediate_size 64",
-    "base": "--max_steps 6 --lr 4e-3", "teacher": "--max_steps 4 --lr 2e-3", "samples": "--samples 2 --temperature 1.0",
+    "base": "--max_steps 80 --lr 4e-3", "teacher": "--max_steps 10 --lr 2e-3", "arbiter": "--max_steps 4 --lr 2e-3",
     "rm": "--max_steps 4", "sft": "--max_steps 4 --lr 1e-3", "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
-    "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4", "limit": 4}
-GROUPS = {"west": ["western", "eastern"], "east": ["mideast", "asian"]}
+    "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4", "rounds": 1, "limit": "",
+    "groups": {"west": ["western"], "east": ["asian"]}}
 
 
-def mini_plan(out, seed, sizes, ranks, preset):
+def mini_plan(out, seed, sizes, ranks, preset, controls):
     """[(stage, [[command, ...], ...])] for the miniature; `ranks` > 1 trains under torchrun."""
     python = PYTHON
     train = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else PYTHON
-    data, teachers = f"{out}/data", [f"teacher-{c}" for c in CLUSTERS]
+    clusters = {c: CLUSTERS[c] for members in sizes["groups"].values() for c in members}
+    groups = {g: " ".join(dict.fromkeys(l for c in members for l in CLUSTERS[c])) for g, members in sizes["groups"].items()}
+    rounds = range(1, sizes["rounds"] + 1)
+    data, teachers = f"{out}/data", [f"teacher-{c}" for c in clusters]
     pool = " ".join(f"{out}/{t}" for t in teachers)
-    groups = {g: " ".join(dict.fromkeys(l for c in clusters for l in CLUSTERS[c])) for g, clusters in GROUPS.items()}
-    limit = f" --limit {sizes['limit']}" if sizes["limit"] else ""
 
     def merge(name, parts):
         return f"{python} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} --out {out}/{name} --overwrite"
 
-    def evaluate(name, models, against=()):
-        baselines = f" --baseline {' '.join(f'{out}/eval/{b}' for b in against)}" if against else ""
+    def evaluate(models, limit=""):
         return (f"{python} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
-                f"--out {out}/eval{baselines}{limit}")
+                f"--out {out}/eval{limit}")
 
     stages = [
-        ("data", [[f"{python} -m mini.prepare --out {out} --seed {seed} {sizes['prepare']}"]]),
+        ("data", [[f"{python} -m mini.prepare --out {out} --seed {seed} --rounds {sizes['rounds']} {sizes['prepare']}"]]),
         ("base", [[f"{train} train_sft.py --model new --tokenizer {out}/tokenizer --data {data}/base.jsonl "
                    f"--out {out}/base --seed {seed} {sizes['model']} {sizes['base']}"]]),
         ("teachers", [[f"{train} train_sft.py --model {out}/base --data {data}/base.jsonl --languages {' '.join(languages)} "
                        f"--out {out}/teacher-{cluster} --seed {seed} {sizes['teacher']}"
-                       for cluster, languages in CLUSTERS.items()],
-                      [merge("teachers", teachers)]]),
-        ("rm", [[f"{python} generate.py --model {out}/{m} --prompts {data}/rm_prompts.jsonl --out {out}/rm-samples/{m}.jsonl "
-                 f"--seed {seed} {sizes['samples']}" for m in ["base", *teachers]],
+                       for cluster, languages in clusters.items()]]),
+        # the Arbiter must know more than the policy: its backbone is the base trained longer, on all languages
+        ("rm", [[f"{train} train_sft.py --model {out}/base --data {data}/base.jsonl --out {out}/rm-base --seed {seed + 1} "
+                 f"{sizes['arbiter']}",
+                 *(f"{python} generate.py --model {out}/teacher-{cluster} --prompts {data}/rm_prompts.jsonl --languages "
+                   f"{' '.join(languages)} --samples 3 --temperature 1.0 --max_new_tokens 24 --seed {seed} "
+                   f"--out {out}/rm-samples/{cluster}.jsonl" for cluster, languages in clusters.items()),
+                 f"{python} generate.py --model {out}/base --prompts {data}/rm_prompts.jsonl --samples 1 --temperature 1.0 "
+                 f"--max_new_tokens 24 --seed {seed} --out {out}/rm-samples/base.jsonl"],
                 [f"{python} -m mini.pairs --rows {data}/rm_rows.jsonl --samples "
-                 + " ".join(f"{out}/rm-samples/{m}.jsonl" for m in ["base", *teachers]) + f" --out {out}/rm-pairs --seed {seed}"],
-                [f"{train} train_rm.py --model {out}/teachers --pairs {out}/rm-pairs/pairs.jsonl --out {out}/rm --seed {seed} "
+                 + " ".join(f"{out}/rm-samples/{m}.jsonl" for m in ["base", *clusters]) + f" --out {out}/rm-pairs --seed {seed}"],
+                [f"{train} train_rm.py --model {out}/rm-base --pairs {out}/rm-pairs/pairs.jsonl --out {out}/rm --seed {seed} "
                  f"{sizes['rm']}"],
                 [f"{python} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit --out {out}/rm-audit.json"]]),
         ("arbitrage", [[f"{train} arbitrage.py --prompts {data}/arbitrage.jsonl --teachers {pool} --reward_model {out}/rm "
@@ -106,18 +113,27 @@ def mini_plan(out, seed, sizes, ranks, preset):
          f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}" for group, languages in groups.items()],
         [merge("offline-dpo", [f"offline-dpo-{g}" for g in groups])]]))
     policy = "offline-dpo"
-    for number in (1, 2, 3):
+    for number in rounds:
         name = f"online-{number}"
         stages.append((name, [
             [f"{train} train_dpo.py --model {out}/{policy} --prompts {data}/online-{number}.jsonl --languages {languages} "
              f"--reward_model {out}/rm --out {out}/{name}-{group} --seed {seed + number} {sizes['online']}"
              for group, languages in groups.items()],
-            [merge(name, [f"{name}-{g}" for g in groups])]]))
+            [merge(name, [f"{name}-{g}" for g in groups])],
+            [f"{python} -m mini.best_of_k --completions " + " ".join(f"{out}/{name}-{g}/completions-1.jsonl" for g in groups)
+             + f" --references {data}/references.jsonl --out {out}/{name}-best-of-k.json"]]))
         policy = name
-    parts = [f"{stage}-{g}" for stage in ("sft", "offline-dpo", "online-1", "online-2", "online-3") for g in groups]
-    main = ["base", "sft-single", "sft", "offline-dpo", "online-1", "online-2", "online-3", "online-only"]
+    if controls:  # is offline DPO needed before online DPO?
+        stages.append(("online-only", [
+            [f"{train} train_dpo.py --model {out}/sft --prompts {data}/online.jsonl --languages {languages} "
+             f"--reward_model {out}/rm --rounds {sizes['rounds']} --out {out}/online-only-{group} --seed {seed + 1} {sizes['online']}"
+             for group, languages in groups.items()],
+            [merge("online-only", [f"online-only-{g}" for g in groups])]]))
+    parts = [f"{stage}-{g}" for stage in ("sft", "offline-dpo", *(f"online-{n}" for n in rounds)) for g in groups]
+    main = ["base", "sft-single", "sft", "offline-dpo", *(f"online-{n}" for n in rounds), *(["online-only"] if controls else [])]
     stages.append(("eval", [[evaluate(main[::2]), evaluate(main[1::2])],
-                            [evaluate([*teachers[::2], *parts[::2]]), evaluate([*teachers[1::2], *parts[1::2]])]]))
+                            [evaluate([*teachers[::2], *parts[::2]], sizes["limit"]),
+                             evaluate([*teachers[1::2], *parts[1::2]], sizes["limit"])]]))
     stages.append(("report", [[f"{python} -m mini.summary --run {out} --preset {preset} --seed {seed}"],
                               [f"{python} report.py --run {out}"]]))
     return stages
@@ -202,7 +218,7 @@ def main(cfg):
         die(f"unknown preset {cfg.preset!r}; known: mini smoke 8b 32b")
     out = Path(cfg.out or f"out/{cfg.preset}")
     sizes = MINI if cfg.preset == "mini" else SMOKE
-    stages = real_plan(cfg.preset) if real else mini_plan(str(out), cfg.seed, sizes, cfg.ranks, cfg.preset)
+    stages = real_plan(cfg.preset) if real else mini_plan(str(out), cfg.seed, sizes, cfg.ranks, cfg.preset, cfg.controls)
     names = [name for name, _ in stages]
     if cfg.until and cfg.until not in names:
         die(f"unknown stage {cfg.until!r}; the stages are {' '.join(names)}")

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 
 from ._triton import TensorDescriptor, tl, triton, use_triton
 
-# Tiles for an H100 or H200: (queries, keys, warps, stages), by kernel and bytes a row of D; nothing is tuned at start-up.
+# Tiles for an H100 or H200: (queries, keys, warps, stages) for each D in 16 bits; nothing is tuned at start-up. fp32 has no
+# tensor cores here (its products are exact, not TF32), so its tiles are small.
 TILES = {
-    "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (64, 64, 8, 2), 1024: (32, 32, 4, 1)},
-    "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2), 1024: (32, 32, 4, 1)},
-    "dkdv": {128: (64, 128, 8, 2), 256: (32, 128, 8, 2), 512: (32, 64, 8, 1), 1024: (16, 32, 4, 1)},
+    "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+    "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
 }
+for _tile in TILES.values():
+    _tile["fp32"] = (32, 32, 4, 1)
 
 
 def visible(Tq, Tk, doc_start, window, device):
@@ -58,14 +61,14 @@ def attention_reference(q, k, v, doc_start=None, window=None, softcap=None, scal
 
 @triton.jit
 def _load(x, b, h, t0, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Rows t0 .. t0 + BLOCK of one head: (BLOCK, D), with zeros past T. x is a descriptor, see _rows."""
-    return tl.reshape(x.load([b, h, t0, 0]), (BLOCK, D))
+    """Rows t0 .. t0 + BLOCK of head h: (BLOCK, D), with zeros past T. x is a descriptor of (B, T, H * D)."""
+    return tl.reshape(x.load([b, t0, h * D]), (BLOCK, D))
 
 
 @triton.jit
 def _store(x, b, h, t0, tile):
     """The reverse: what lies past T is dropped."""
-    x.store([b, h, t0, 0], tl.reshape(tile.to(x.dtype), (1, 1, tile.shape[0], tile.shape[1])))
+    x.store([b, t0, h * tile.shape[1]], tl.reshape(tile.to(x.dtype), (1, tile.shape[0], tile.shape[1])))
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def _score(qk, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _phases(m0, m, Tq, shift, first, HAS_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _key_range(m0, m, Tq, shift, first, HAS_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Some of the queries m0 .. m0 + BM see keys lo .. hi; all of them see all of inner .. outer, a whole number of tiles."""
     lo, inner = 0, 0
     if HAS_FIRST:
@@ -96,6 +99,12 @@ def _phases(m0, m, Tq, shift, first, HAS_FIRST: tl.constexpr, BM: tl.constexpr, 
     hi = tl.minimum(m0 + BM, Tq) + shift
     outer = inner + tl.maximum(m0 + shift + 1 - inner, 0) // BN * BN
     return lo, tl.minimum(inner, hi), tl.minimum(outer, hi), hi
+
+
+@triton.jit
+def _step_over(x, inner, outer):
+    """Counts through the tiles at the edges: those before inner, then those from outer on."""
+    return x + tl.where(x < inner, 0, outer - inner)
 
 
 @triton.jit
@@ -108,15 +117,16 @@ def _attention_forward(
     m = m0 + tl.arange(0, BM)
     q = _load(q_rows, b, h, m0, BM, D)
     first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
-    bounds = _phases(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
+    lo, inner, outer, hi = _key_range(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
     acc, total = tl.zeros((BM, D), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     top = tl.full((BM,), -1e30, dtype=tl.float32)  # below any score, yet finite: no inf - inf before the first visible key
-    for phase in tl.static_range(0 if HAS_FIRST else 1, 3):
-        for j0 in tl.range(bounds[phase], bounds[phase + 1], BN):
+    for edge in tl.static_range(2):
+        for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BN):
+            j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
             k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
             s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
-            if phase != 1:
+            if edge:
                 sees = j[None, :] <= m[:, None] + (Tk - Tq)
                 if HAS_FIRST:
                     sees &= j[None, :] >= first[:, None]
@@ -153,16 +163,17 @@ def _attention_dq(
     tl.store(delta_ptr + row, delta, mask=m < Tq)  # for the kernel of dk and dv, which runs next
     lse = tl.load(lse_ptr + row, mask=m < Tq, other=float("inf"))
     first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
-    bounds = _phases(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
+    lo, inner, outer, hi = _key_range(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
     dq = tl.zeros((BM, D), dtype=tl.float32)
-    for phase in tl.static_range(0 if HAS_FIRST else 1, 3):
-        for j0 in tl.range(bounds[phase], bounds[phase + 1], BN):
+    for edge in tl.static_range(2):
+        for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BN):
+            j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
             k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
             s, slope = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
             dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
             ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None]) * slope
-            if phase != 1:
+            if edge:
                 sees = j[None, :] <= m[:, None] + (Tk - Tq)
                 if HAS_FIRST:
                     sees &= j[None, :] >= first[:, None]
@@ -187,13 +198,14 @@ def _attention_dkdv(
         end = tl.load(end_ptr + b.to(tl.int64) * Tk + j, mask=j < Tk, other=0)
         hi, last = tl.max(end, 0), tl.min(end, 0)
     inner = tl.minimum(lo + tl.cdiv(tl.maximum(n0 + BN - 1 - shift - lo, 0), BM) * BM, hi)
-    bounds = lo, inner, inner + tl.maximum(last - inner, 0) // BM * BM, hi
+    outer = inner + tl.maximum(last - inner, 0) // BM * BM
     dk, dv = tl.zeros((BN, D), dtype=tl.float32), tl.zeros((BN, D), dtype=tl.float32)
     for g in range(G):
         h = h_kv * G + g
         row = (b.to(tl.int64) * H + h) * Tq
-        if True:
-            for m0 in tl.range(lo, hi, BM):
+        for edge in tl.static_range(2):
+            for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BM, num_stages=1 if edge else None):
+                m0 = _step_over(x, inner, outer) if edge else x
                 m = m0 + tl.arange(0, BM)
                 q, dout = _load(q_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
                 lse = tl.load(lse_ptr + row + m, mask=m < Tq, other=float("inf"))
@@ -202,7 +214,7 @@ def _attention_dkdv(
                 p = tl.exp2(s - lse[None, :])
                 dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
                 ds = p * (dp - delta[None, :]) * slope
-                if True:
+                if edge:
                     sees = j[:, None] <= m[None, :] + shift
                     if HAS_FIRST:
                         sees &= m[None, :] < end[:, None]
@@ -215,20 +227,20 @@ def _attention_dkdv(
     _store(dv_rows, b, h_kv, n0, dv)
 
 
-def _tiles(kernel, q):
-    return TILES[kernel][max(q.shape[-1] * q.element_size(), 128)]
+def _tiles(kernel, D, dtype):
+    return TILES[kernel][D if dtype.itemsize == 2 else "fp32"]
 
 
-def _rows(block, *tensors):
-    """Descriptors of (B, T, H, D) tensors, `block` rows of one head at a time: on Hopper the copy engine (TMA) reads them."""
-    tensors = [x.transpose(1, 2) for x in tensors]  # (B, H, T, D): the compiler drops a box's unit axes if they lead
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[-1]]) for x in tensors]
-
-
-def _aligned(x):
-    """As it is if a descriptor can describe it: rows of D in one piece, everything on 16 bytes. Else a copy."""
+def _joined(x):
+    """(B, T, H, D) as (B, T, H * D), rows in one piece and 16-byte aligned as descriptors need them; a copy if it must be."""
+    x = x.flatten(2)
     steps = [stride * x.element_size() for stride in x.stride()[:-1]] + [x.data_ptr()]
-    return x if x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) else x.contiguous()
+    return x if x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _boxes(rows, D, *tensors):
+    """Descriptors that read and write `rows` rows of one head at a time: on Hopper the copy engine (TMA) does it."""
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, D]) for x in tensors]
 
 
 def _first_key(doc_start, window, Tq, Tk, batch, device):
@@ -245,42 +257,42 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, doc_start, window, softcap, scale):
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
         (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+        ctx.shapes = B, Tq, Tk, H, Hkv, D
         first = _first_key(doc_start, window, Tq, Tk, B, q.device)
-        out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+        ctx.scalars = Tq, Tk, H, scale
+        ctx.options = dict(G=H // Hkv, D=D, HAS_FIRST=first is not None, SOFTCAP=softcap or 0.0)
+        q, k, v = _joined(q), _joined(k), _joined(v)
+        out = torch.empty((B, Tq, H * D), dtype=q.dtype, device=q.device)
         lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, lse, first)
-        ctx.sizes = Tq, Tk, H, scale
-        ctx.settings = dict(G=H // Hkv, D=D, HAS_FIRST=first is not None, SOFTCAP=softcap or 0.0)
-        BM, BN, num_warps, num_stages = _tiles("forward", q)
+        BM, BN, num_warps, num_stages = _tiles("forward", D, q.dtype)
         _attention_forward[(B * H, triton.cdiv(Tq, BM))](
-            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, out), lse, first, *ctx.sizes,
-            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, out), lse, first, *ctx.scalars,
+            **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        return out
+        return out.view(B, Tq, H, D)
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, first = ctx.saved_tensors
-        (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
-        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        (q, k, v, out, lse, first), (B, Tq, Tk, H, Hkv, D) = ctx.saved_tensors, ctx.shapes
+        dout, delta = _joined(dout), torch.empty_like(lse)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         end = None
         if first is not None:  # queries are sorted by their first key, so those that see key j end at end[j]
             keys = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, Tk).contiguous()
             end = torch.searchsorted(first, keys, right=True, out_int32=True)
-        BM, BN, num_warps, num_stages = _tiles("dq", q)
+        BM, BN, num_warps, num_stages = _tiles("dq", D, q.dtype)
         _attention_dq[(B * H, triton.cdiv(Tq, BM))](
-            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, out, dout, dq), lse, delta, first, *ctx.sizes,
-            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, out, dout, dq), lse, delta, first, *ctx.scalars,
+            **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        BM, BN, num_warps, num_stages = _tiles("dkdv", q)
+        BM, BN, num_warps, num_stages = _tiles("dkdv", D, q.dtype)
         _attention_dkdv[(B * Hkv, triton.cdiv(Tk, BN))](
-            *_rows(BM, q), *_rows(BN, k, v), *_rows(BM, dout), *_rows(BN, dk, dv), lse, delta, end, *ctx.sizes,
-            **ctx.settings, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, dout), *_boxes(BN, D, dk, dv), lse, delta, end,
+            *ctx.scalars, **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return dq.view(B, Tq, H, D), dk.view(B, Tk, Hkv, D), dv.view(B, Tk, Hkv, D), None, None, None, None
 
 
 # --- the CPU path

@@ -8,6 +8,7 @@ Writes the files that the miniature's recipe reads, from the embedded dataset (m
     data/rm_rows.jsonl       the same prompts with their references: what the reward model's pairs are made of
     data/arbitrage.jsonl     prompts of the split `prefer` for the pool of teachers: no references
     data/online-N.jsonl      fresh prompts of the split `prefer` for each online round: no references
+    data/online.jsonl        the rounds' prompts in one file, for the control without the offline stage
     data/references.jsonl    references of those prompts: read by reports only, never by training
     data/test.jsonl          held-out prompts with references
 
@@ -72,6 +73,7 @@ def main(cfg):
         for number, part in enumerate(parts):
             name = f"online-{number}.jsonl" if number else "arbitrage.jsonl"
             write_rows(data / name, prompts(r for r in prefer if item_of(r) in part))
+        write_rows(data / "online.jsonl", prompts(r for r in prefer if item_of(r) not in parts[0]))
     with atomic_dir(out / "tokenizer") as folder:
         texts = [r["prompt"] for r in teacher] + [r["reference"] for r in teacher] + [r["text"] for r in udhr]
         train_tokenizer(texts, cfg.vocab_size, folder)

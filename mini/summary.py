@@ -18,7 +18,7 @@ from data import read_jsonl, read_rows
 from tasks.mini import clustered_interval, judge, normal
 
 MERGED = ("sft", "offline-dpo", "online-1", "online-2", "online-3")  # stages that are merged from parts
-ORDER = ("base", "sft-single", "sft", "offline-dpo", "online-only", "online-1", "online-2", "online-3")
+ORDER = ("sft-single", "sft", "offline-dpo", "online-only", "online-1", "online-2", "online-3")
 
 
 @dataclass
@@ -58,29 +58,40 @@ def arbitrage_accuracy(run, references):
             "single": (single := {t: statistics.fmean(v) for t, v in single.items()}), "best_single": max(single.values())}
 
 
+def merged_and_parts(samples):
+    """{stage: (exact match of the merge, mean over its parts)}, on the rows that the parts were asked."""
+    out = {}
+    for name in MERGED:
+        parts = [p for p in samples if p.startswith(f"{name}-") and p not in ORDER]
+        if parts:
+            ids = {s["id"] for s in samples[parts[0]]}
+            out[name] = accuracy(samples[name], ids), statistics.fmean(accuracy(samples[p]) for p in parts)
+    return out
+
+
 def claims(stages, parts, arbitrage, rounds):
     """What the recipe says, held against this run: [{"claim", "value", "holds"}]."""
     em = {s["name"]: s["exact_match"] for s in stages}
     win = {s["name"]: s["win_rate"]["sft"] for s in stages}
+    final = f"online-{len(rounds)}"
     out = [("arbitrage data is more often right than the best single teacher's",
             f"{arbitrage['routed']:.3f} against {arbitrage['best_single']:.3f}", arbitrage["routed"] > arbitrage["best_single"]),
            ("arbitrage data is more often right than random routing's",
             f"{arbitrage['routed']:.3f} against {arbitrage['random']:.3f}", arbitrage["routed"] > arbitrage["random"]),
-           ("SFT on it beats SFT on the best single teacher's data", f"exact match {em['sft']:.3f} against {em['sft-single']:.3f}",
+           ("SFT on it beats SFT on the best single teacher's data", f"{em['sft']:.3f} against {em['sft-single']:.3f}",
             em["sft"] > em["sft-single"]),
            ("offline DPO raises the win rate over SFT", f"{win['offline-dpo'][0]:.3f} [{win['offline-dpo'][1]:.3f}, "
             f"{win['offline-dpo'][2]:.3f}]", win["offline-dpo"][1] > 0.5),
-           ("online DPO raises it further", f"{win['online-3'][0]:.3f} after {win['offline-dpo'][0]:.3f}",
-            win["online-3"][0] > win["offline-dpo"][0]),
+           ("online DPO raises it further", f"{win[final][0]:.3f} after {win['offline-dpo'][0]:.3f}",
+            win[final][0] > win["offline-dpo"][0]),
            ("the final model beats the SFT model (the interval excludes one half)",
-            f"{win['online-3'][0]:.3f} [{win['online-3'][1]:.3f}, {win['online-3'][2]:.3f}]", win["online-3"][1] > 0.5)]
+            f"{win[final][0]:.3f} [{win[final][1]:.3f}, {win[final][2]:.3f}]", win[final][1] > 0.5)]
     if "online-only" in win:
         best = max(win["offline-dpo"][0], win["online-only"][0])
-        out.append(("offline then online beats either alone", f"{win['online-3'][0]:.3f} against offline "
-                    f"{win['offline-dpo'][0]:.3f}, online {win['online-only'][0]:.3f}", win["online-3"][0] > best))
-    for name, scores in parts.items():
-        out.append((f"the merge beats the mean of its parts ({name})",
-                    f"{em[name]:.3f} against {statistics.fmean(scores.values()):.3f}", em[name] > statistics.fmean(scores.values())))
+        out.append(("offline then online beats either alone", f"{win[final][0]:.3f} against offline "
+                    f"{win['offline-dpo'][0]:.3f}, online {win['online-only'][0]:.3f}", win[final][0] > best))
+    for name, (merged, mean) in parts.items():
+        out.append((f"the merge beats the mean of its parts ({name})", f"{merged:.3f} against {mean:.3f}", merged > mean))
     for r in rounds:
         out.append((f"best of K by the reward model is right more often than greedy (round {r['round']})",
                     f"{r['best_of_k']:.3f} against {r['greedy']:.3f}", r["best_of_k"] > r["greedy"]))
@@ -121,41 +132,41 @@ def main(cfg):
     if not (run / "eval").is_dir():
         die(f"{run}/eval not found: run `python recipe.py` first")
     samples = {p.parent.name: [row for row, _ in read_jsonl(p)] for p in sorted(run.glob("eval/*/samples_mini.jsonl"))}
+    if {p.name for p in (run / "eval").iterdir() if p.is_dir()} < {"base", "sft", "sft-single", "offline-dpo"}:
+        die(f"{run}/eval lacks stages: run `python recipe.py` to its end")
     table = {name: json.loads((run / "eval" / name / "results.json").read_text(encoding="utf-8"))["results"]["mini"]
              for name in samples}
     seconds = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in (run / "stages").glob("*.json")}
     references = {r["id"]: normal(r["reference"]) for r in read_rows(run / "data" / "references.jsonl", "prompts")}
     report = json.loads((run / "arbitrage" / "report.json").read_text(encoding="utf-8"))
     # "the best single teacher" is the one with the highest mean reward: the references may not choose
-    best_teacher = max(report["mean_reward"]["single"], key=report["mean_reward"]["single"].get)
+    best_teacher = max(report["teacher_mean_reward"], key=report["teacher_mean_reward"].get)
     audit = json.loads((run / "rm-audit.json").read_text(encoding="utf-8"))
 
     rounds = []
-    for number in (1, 2, 3):
+    for number in range(1, len(list(run.glob("online-?-best-of-k.json"))) + 1):
         found = json.loads((run / f"online-{number}-best-of-k.json").read_text(encoding="utf-8"))
         rounds.append({"round": number, **found, "reward_before": found["reward_greedy"]})
+    # the reward of a stage's greedy answers was measured on the prompts of the round that started from it
+    rewards = dict(zip(MERGED[1:], [r["reward_before"] for r in rounds]))
     stages = []
     teachers = sorted(name for name in samples if name.startswith("teacher-"))
-    for name in [ORDER[0], *teachers, *(n for n in ORDER[1:] if n in samples)]:
+    for name in ["base", *teachers, *(n for n in ORDER if n in samples)]:
         sft, by_language = win_rate(samples[name], samples["sft"])
         best, _ = win_rate(samples[name], samples[best_teacher])
         stages.append({
             "name": name, "exact_match": table[name]["all"]["exact_match"], "chrfpp": table[name]["all"]["chrfpp"],
-            "win_rate": {"sft": sft, "best_teacher": best}, "reward": next(
-                (r["reward_before"] for r in rounds if name == ("offline-dpo", "online-1", "online-2")[r["round"] - 1]), None),
+            "win_rate": {"sft": sft, "best_teacher": best}, "reward": rewards.get(name),
             "minimal_pairs": table[name]["all"]["minimal_pairs"], "language_match": table[name]["all"]["language_match"],
             "seconds": seconds.get("teachers" if name in teachers else name, 0.0), "n": table[name]["all"]["n"],
             "per_language": {l: {k: v for k, v in t.items() if not k.endswith(("_stderr", "_interval"))}
                              | {"win_rate_sft": by_language.get(l)} for l, t in table[name].items() if l != "all"}})
-    for r, after in zip(rounds, ("online-1", "online-2", "online-3")):
+    for r in rounds:
+        after = f"online-{r['round']}"
         stage = next(s for s in stages if s["name"] == after)
         r |= {"win_rate_sft": stage["win_rate"]["sft"], "pairs": sum(
             1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))}
-    parts = {}
-    for name in MERGED:
-        of = [p for p in samples if p.startswith(f"{name}-") and p not in ORDER]
-        if of:
-            parts[name] = {p: accuracy(samples[p]) for p in of}
+    parts = merged_and_parts(samples)
     accuracies = arbitrage_accuracy(run, references)
     results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),
                "seconds": round(sum(seconds.values()), 1), "stage_seconds": seconds, "best_teacher": best_teacher,

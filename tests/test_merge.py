@@ -480,6 +480,7 @@ def test_report_without_a_base_and_without_a_delta(family):
     got = run(family / "out", [family / "a", family / "b"])
     report = json.loads((family / "out" / "merge_report.json").read_text())
     assert report["delta_to"] == "result" and report["cosine_of"] == "weights"
+    assert report["settings"] == {"weights": [1.0, 1.0], "normalize": True}
     a, b, out = (torch.cat([x[n].double().flatten() for n in SHAPES if n.endswith("norm.weight")])
                  for x in (read(family / "a"), read(family / "b"), got))
     norm = report["groups"]["norm"]
@@ -632,6 +633,12 @@ def test_values_that_are_not_finite_refused(family, method, bad, monkeypatch):
         refused("broken: ", family / "out", [family / "c", broken], weights=[1.0, 0.0])
 
 
+def test_large_values_are_not_infinite(tmp_path):
+    """Finite numbers whose sum is not."""
+    tensors = {"model.w": torch.full((300,), 3e38, dtype=torch.bfloat16)}
+    same_bits(run(tmp_path / "out", [write(tmp_path / "a", tensors)]), tensors)
+
+
 def test_overflow_of_the_output_refused(tmp_path):
     big = write(tmp_path / "big", {"model.w": torch.full((3,), 1e5)})
     refused("model.w|float16", tmp_path / "out", [big, big], dtype="float16")
@@ -669,6 +676,7 @@ def test_broken_folders_refused(family):
             ("model.ghost|missing", edit_index(**{"model.ghost": shard})),
             ("model.norm.weight|surplus", edit_index(**{"model.norm.weight": shard})),
             (f"{index}|weight_map", lambda f: (f / index).write_text("{}")),
+            (f"{index}|weight_map", lambda f: (f / index).write_text('{"weight_map": ["model.norm.weight"]}')),
             (index, lambda f: (f / index).write_text("{")), ("config.json", lambda f: (f / "config.json").unlink()),
             ("config.json|object", lambda f: (f / "config.json").write_text("[]")),
             ("model.safetensors|missing", lambda f: (f / index).unlink()))):
@@ -720,6 +728,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import merge
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 whole, n = merge.merge_tensor, [0]
 def counted(*args, **kwargs):
     n[0] += 1

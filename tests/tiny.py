@@ -1,0 +1,98 @@
+"""
+What the tests share: a checkpoint of 13 thousand parameters with its tokenizer, rows to train on, and scripts run as a
+user runs them. As a program it runs several scripts one after another in one process group, since most of the time of a
+tiny run goes into starting Python:
+
+    torchrun --nproc_per_node=2 tests/tiny.py jobs.json        # [[grads file or "", "train_sft.py", "--model", ...], ...]
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # `python -m pytest` has put it there, torchrun has not
+    sys.path.insert(0, str(ROOT))
+
+import torch
+from safetensors.torch import save_file
+
+import common
+from data import Chat, train_tokenizer, write_rows
+from model import Config, Transformer, save
+
+TEXTS = ["Write the number 347 in words.", "three hundred forty-seven", "Écris le nombre en toutes lettres.",
+         "trois cent quarante-sept", "اكتب العدد بالحروف.", "ثلاثمائة وسبعة وأربعون", "347を漢数字で書いてください。", "三百四十七"]
+
+
+def make_checkpoint(folder, seed=0, tokenizer=True, **sizes):
+    """A folder that load() and Chat() read; weights so large that no two answers are alike."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        train_tokenizer(TEXTS * 2, 300, folder)
+    chat = Chat(folder)
+    cfg = Config(**{"vocab_size": chat.vocab_size, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "intermediate_size": 36, "logit_scale": 1.0, "initializer_range": 0.2,
+                    "bos_token_id": chat.bos, "eos_token_id": chat.end, "pad_token_id": chat.pad} | sizes)
+    model = Transformer(cfg).init_weights(seed)
+    save(model, folder, source=folder)  # atomic_dir moves the old folder away, write_checkpoint has read its tokenizer
+    return model
+
+
+def write(path, rows):
+    write_rows(path, rows)
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def environment():
+    """No GPU, one thread (two ranks on two cores) and none of torchrun's variables from outside."""
+    gone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in gone} | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def script(*words, ranks=1, cwd=ROOT, check=True):
+    """Runs `script.py --flags` from the repository root under this Python, or torchrun; -> CompletedProcess with text."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*(launcher if ranks > 1 else [sys.executable]), *map(str, words)], cwd=cwd, env=environment(),
+                          capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def jobs(path, todo, ranks):
+    """Runs [[grads file or "", script, *flags], ...] on `ranks` processes, one start for all of them."""
+    Path(path).write_text(json.dumps([[str(w) for w in words] for words in todo]), encoding="utf-8")
+    return script(ROOT / "tests" / "tiny.py", path, ranks=ranks)
+
+
+def keep_gradients(path):
+    """From now on optimizer_step() writes the whole gradients that it is given: path.1, path.2, ... ("" : none)."""
+    plain, count = getattr(common.optimizer_step, "plain", common.optimizer_step), [0]
+
+    def step(model, optimizer, lr, max_norm):
+        count[0] += 1
+        grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}
+        if path and common.is_main():
+            save_file({n: g.clone() for n, g in grads.items()}, f"{path}.{count[0]}")
+        return plain(model, optimizer, lr, max_norm)
+
+    step.plain, common.optimizer_step = plain, step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for grads, name, *flags in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        keep_gradients(grads)
+        sys.argv[1:] = flags
+        sys.argv[0] = name
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
