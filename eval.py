@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
+import reward
 from common import atomic_dir, die, init_distributed, parse_config, print0
 from data import Chat, read_jsonl, read_rows, write_rows
 from model import load
+from reward import load_reward_model
 from tasks import mini
 
 TASKS = {"mini": mini}
@@ -31,6 +33,7 @@ class Config:
     data: str = "out/mini/data"  # folder with the benchmarks' files
     out: str = "out/mini/eval/online-3"  # folder to write; with several models OUT/<model's folder name>
     baseline: list[str] = field(default_factory=list)  # result folders to judge win rates against
+    reward_model: str = ""  # also report the mean reward of the answers
     limit: int = 0  # rows per language at most; 0: all
 
 
@@ -44,7 +47,7 @@ def read_limited(path, limit):
     return rows
 
 
-def evaluate(cfg, path, out, device):
+def evaluate(cfg, path, out, device, score):
     """All tasks of one checkpoint; the folder appears when they are complete."""
     model, chat = load(path, device=device), Chat(path)
     results, begin = {}, time.time()
@@ -52,7 +55,7 @@ def evaluate(cfg, path, out, device):
         for task in cfg.tasks:
             baselines = {Path(b).name: [row for row, _ in read_jsonl(Path(b) / f"samples_{task}.jsonl")] for b in cfg.baseline}
             rows = read_limited(Path(cfg.data) / TASKS[task].FILE, cfg.limit)
-            samples, results[task] = TASKS[task].run(model, chat, rows, baselines)
+            samples, results[task] = TASKS[task].run(model, chat, rows, baselines, score)
             if common.is_main():
                 write_rows(folder / f"samples_{task}.jsonl", samples)
         if common.is_main():
@@ -69,8 +72,12 @@ def main(cfg):
     device = init_distributed()
     if unknown := [t for t in cfg.tasks if t not in TASKS]:
         die(f"unknown task {unknown[0]!r}; known: {' '.join(TASKS)}")
+    score = None
+    if cfg.reward_model:
+        arbiter, chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
+        score = lambda pairs: reward.score(arbiter, chat, pairs)
     for path in cfg.model:
-        evaluate(cfg, path, Path(cfg.out) / Path(path).name if len(cfg.model) > 1 else Path(cfg.out), device)
+        evaluate(cfg, path, Path(cfg.out) / Path(path).name if len(cfg.model) > 1 else Path(cfg.out), device, score)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ MINI = {
     "base": "--max_steps 300 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 150 --lr 2e-3",
     "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3",
     "sft": "--epochs 3 --lr 1e-3", "offline": "--epochs 1 --lr 1e-4 --beta 1",
-    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 4e-4 --beta 1", "rounds": 3, "limit": " --limit 60",
+    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1", "rounds": 3, "limit": " --limit 60",
     "groups": {"west": ["western", "eastern"], "east": ["mideast", "asian"]}}
 SMOKE = MINI | {
     "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",
@@ -76,7 +76,7 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
 
     def evaluate(models, limit=""):
         return (f"{python} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
-                f"--out {out}/eval{limit}")
+                f"--reward_model {out}/rm --out {out}/eval{limit}")
 
     stages = [
         ("data", [[f"{python} -m mini.prepare --out {out} --seed {seed} --rounds {sizes['rounds']} {sizes['prepare']}"]]),
@@ -100,8 +100,8 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
                 [f"{python} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit --out {out}/rm-audit.json"]]),
         ("arbitrage", [[f"{train} arbitrage.py --prompts {data}/arbitrage.jsonl --teachers {pool} --reward_model {out}/rm "
                         f"--router reward --out {out}/arbitrage --seed {seed}"],
-                       [f"{python} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router {router} "
-                        f"--out {out}/arbitrage-{router} --seed {seed}" for router in ("single", "random")]]),
+                       [f"{python} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router single "
+                        f"--out {out}/arbitrage-single --seed {seed}"]]),
     ]
     for name, folder in (("sft", "arbitrage"), ("sft-single", "arbitrage-single")):
         stages.append((name, [
@@ -131,9 +131,9 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
             [merge("online-only", [f"online-only-{g}" for g in groups])]]))
     parts = [f"{stage}-{g}" for stage in ("sft", "offline-dpo", *(f"online-{n}" for n in rounds)) for g in groups]
     main = ["base", "sft-single", "sft", "offline-dpo", *(f"online-{n}" for n in rounds), *(["online-only"] if controls else [])]
-    stages.append(("eval", [[evaluate(main[::2]), evaluate(main[1::2])],
-                            [evaluate([*teachers[::2], *parts[::2]], sizes["limit"]),
-                             evaluate([*teachers[1::2], *parts[1::2]], sizes["limit"])]]))
+    halves = lambda names, limit="": [evaluate(names[::2], limit), evaluate(names[1::2], limit)]
+    side = [*teachers, *parts]
+    stages.append(("eval", [halves(main) + halves(side, sizes["limit"]) if sizes["limit"] else halves(main + side)]))
     stages.append(("report", [[f"{python} -m mini.summary --run {out} --preset {preset} --seed {seed}"],
                               [f"{python} report.py --run {out}"]]))
     return stages

@@ -74,12 +74,17 @@ def load_reward_model(path, dtype=None, device=None):
     path = Path(path)
     if not (path / "config.json").exists():
         die(f"reward model {path} not found: train one with train_rm.py, or run `python recipe.py --until rm`")
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if ARCHITECTURE not in raw.get("architectures", []):
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e:
+        die(f"{path / 'config.json'} is not JSON: {e}")
+    if ARCHITECTURE not in (raw.get("architectures") or []):
         die(f"{path}: architecture {raw.get('architectures')} is not a reward model that reward.py knows ({ARCHITECTURE})")
+    if "response_token_id" not in raw:
+        die(f"{path / 'config.json'} has no response_token_id, so no completion can be told from its prompt")
     tensors = read_weights(path)
     model = RewardModel(ModelConfig.from_json(path / "config.json"), raw["response_token_id"])
-    model.to(dtype=dtype or tensors["score.weight"].dtype)
+    model.to(dtype=dtype or next((t.dtype for t in tensors.values()), None))
     fill(model, tensors, path)
     return model.to(device) if device else model
 

@@ -145,6 +145,8 @@ def main(cfg):
     keep_language = lambda r: not cfg.languages or r["language"] in cfg.languages
     if cfg.prompts:
         prompts = [r for r in read_rows(cfg.prompts, "prompts") if keep_language(r)]
+        if len(prompts) < cfg.rounds:
+            die(f"{cfg.prompts} holds {len(prompts)} prompts of the languages asked for, too few for {cfg.rounds} rounds")
         reward_model, reward_chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
     begin = time.time()
     with common.atomic_dir(cfg.out) as folder:

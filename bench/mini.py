@@ -44,11 +44,11 @@ def table(runs):
     for name, key in (("best single teacher", "best_single"), ("random routing", "random"), ("fixed routing", "fixed"),
                       ("routed by the reward model", "routed"), ("oracle (sees the references)", "oracle")):
         lines.append(f"| {name} | {spread([a[key] for a in accuracies])} |")
-    lines += ["", "| online round | greedy | best of 8 by the reward model | oracle of 8 | reward of greedy |", "|---|---|---|---|---|"]
+    lines += ["", "| online round | greedy | best of 8 by the reward model | oracle of 8 | reward before | reward after |", "|---|---|---|---|---|---|"]
     for i in range(len(runs[0]["rounds"])):
         r = [run["rounds"][i] for run in runs]
         lines.append(f"| {i + 1} | " + " | ".join(spread([x[k] for x in r]) for k in ("greedy", "best_of_k", "oracle"))
-                     + f" | {spread([x['reward_before'] for x in r], 2, 1)} |")
+                     + "".join(f" | {spread([x[k] for x in r], 2, 1)}" for k in ("reward_before", "reward_after")) + " |")
     lines += ["", "| claim | holds in | value, by seed |", "|---|---|---|"]
     for i, claim in enumerate(runs[0]["claims"]):
         held = [run["claims"][i] for run in runs]

@@ -51,12 +51,11 @@ def _layernorm_backward(
     dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr
 ):
     # with h = (x - mean) rstd and d = dy w:   dx = rstd (d - mean(d) - h mean(d h)),   dweight = sum over rows of dy h
-    program, col = tl.program_id(0), tl.arange(0, BLOCK)
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = col < C
     w = tl.load(w_ptr + col, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    for n in range(program, N, tl.num_programs(0)):
-        row = n.to(tl.int64) if hasattr(n, "to") else n
+    while row < N:  # this program's rows are one in num_programs
         x = tl.load(x_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
@@ -65,7 +64,8 @@ def _layernorm_backward(
         dx = rstd * (d - tl.sum(d, axis=0) / C - h * (tl.sum(d * h, axis=0) / C))
         tl.store(dx_ptr + row * C + col, dx, mask=inside)
         dw += dy * h
-    tl.store(dw_ptr + program * C + col, dw, mask=inside)
+        row += tl.num_programs(0)
+    tl.store(dw_ptr + tl.program_id(0) * C + col, dw, mask=inside)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -111,11 +111,11 @@ def markdown(results):
               *(f"| {t} | {100 * v:.1f} |" for t, v in a["single"].items()),
               *(f"| {k} | {100 * a[v]:.1f} |" for k, v in (("random routing", "random"), ("fixed routing", "fixed"),
                 ("**routed by the reward model**", "routed"), ("oracle", "oracle"))),
-              "", "| online round | greedy | best of K by the reward model | oracle of K | reward, greedy | win rate against SFT after |",
-              "|---|---|---|---|---|---|"]
+              "", "| online round | greedy | best of K by the reward model | oracle of K | reward before | reward after | win rate against SFT after |",
+              "|---|---|---|---|---|---|---|"]
     for r in results["rounds"]:
         lines.append(f"| {r['round']} | {100 * r['greedy']:.1f} | {100 * r['best_of_k']:.1f} | {100 * r['oracle']:.1f} | "
-                     f"{r['reward_before']:.2f} | {show(r['win_rate_sft'])} |")
+                     f"{r['reward_before']:.2f} | {r['reward_after']:.2f} | {show(r['win_rate_sft'])} |")
     lines += ["", "| claim | this run | holds |", "|---|---|---|",
               *(f"| {c['claim']} | {c['value']} | {'yes' if c['holds'] else '**no**'} |" for c in results["claims"])]
     languages = results["stages"][0]["per_language"]
@@ -146,9 +146,7 @@ def main(cfg):
     rounds = []
     for number in range(1, len(list(run.glob("online-?-best-of-k.json"))) + 1):
         found = json.loads((run / f"online-{number}-best-of-k.json").read_text(encoding="utf-8"))
-        rounds.append({"round": number, **found, "reward_before": found["reward_greedy"]})
-    # the reward of a stage's greedy answers was measured on the prompts of the round that started from it
-    rewards = dict(zip(MERGED[1:], [r["reward_before"] for r in rounds]))
+        rounds.append({"round": number, **found})
     stages = []
     teachers = sorted(name for name in samples if name.startswith("teacher-"))
     for name in ["base", *teachers, *(n for n in ORDER if n in samples)]:
@@ -156,15 +154,16 @@ def main(cfg):
         best, _ = win_rate(samples[name], samples[best_teacher])
         stages.append({
             "name": name, "exact_match": table[name]["all"]["exact_match"], "chrfpp": table[name]["all"]["chrfpp"],
-            "win_rate": {"sft": sft, "best_teacher": best}, "reward": rewards.get(name),
+            "win_rate": {"sft": sft, "best_teacher": best}, "reward": table[name]["all"].get("reward"),
             "minimal_pairs": table[name]["all"]["minimal_pairs"], "language_match": table[name]["all"]["language_match"],
             "seconds": seconds.get("teachers" if name in teachers else name, 0.0), "n": table[name]["all"]["n"],
             "per_language": {l: {k: v for k, v in t.items() if not k.endswith(("_stderr", "_interval"))}
                              | {"win_rate_sft": by_language.get(l)} for l, t in table[name].items() if l != "all"}})
     for r in rounds:
         after = f"online-{r['round']}"
-        stage = next(s for s in stages if s["name"] == after)
-        r |= {"win_rate_sft": stage["win_rate"]["sft"], "pairs": sum(
+        stage, before = (next(s for s in stages if s["name"] == n) for n in
+                         (after, f"online-{r['round'] - 1}" if r["round"] > 1 else "offline-dpo"))
+        r |= {"reward_before": before["reward"], "reward_after": stage["reward"], "win_rate_sft": stage["win_rate"]["sft"], "pairs": sum(
             1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))}
     parts = merged_and_parts(samples)
     accuracies = arbitrage_accuracy(run, references)

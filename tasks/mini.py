@@ -5,6 +5,7 @@ The miniature's own benchmark: held-out items, one right answer each, in every l
     chrfpp          corpus chrF++ against the reference (tasks/flores.py)
     language_match  share of answers that a character n-gram model takes for the language asked for: language confusion
     minimal_pairs   share of items whose reference is likelier than a near miss (zero-shot discrimination, as in XCOPA)
+    reward          mean reward of the answers by a reward model (if eval.py is given one): to be watched, never to judge
     win_rate        against another model: exact match decides, then chrF++; equal is half. The judge is the reference,
                     never the reward model that training climbs, so reward hacking would show.
 
@@ -20,12 +21,12 @@ import torch
 
 from data import encode_row, pad_batch
 from generate import complete
-from mini.items import WrongAnswers, load_items
+from mini.items import DEFAULT_TASKS, WrongAnswers, load_items
 from mini.langid import LanguageModel
 from tasks.flores import chrf, corpus_chrf
 
 
-MINIMAL_PAIRS = 40  # rows per language that are asked as minimal pairs: two forwards each, and the metric is a side show
+SIDE_ROWS = 40  # rows per language for what is only watched, not judged: minimal pairs and the reward
 FILE = "test.jsonl"  # in the data folder: rows with id, language, task, prompt, reference
 
 
@@ -40,7 +41,8 @@ def normal(text):
 
 def judge(a, b, reference):
     """1.0 if answer `a` beats `b`, 0.0 if it loses, 0.5 for a tie. Reads nothing but the texts and the reference."""
-    right = (normal(a) == normal(reference), normal(b) == normal(reference))
+    a, b, reference = normal(a), normal(b), normal(reference)
+    right = (a == reference, b == reference)
     if right[0] != right[1]:
         return float(right[0])
     if right[0] or a == b:
@@ -71,19 +73,29 @@ def answer(model, chat, rows, seed=0):
              "correct": normal(m["completion"]) == normal(r["reference"])} for r, m in zip(rows, made)]
 
 
+def side_rows(rows):
+    """Indices of the first SIDE_ROWS rows of every language."""
+    asked, found = Counter(), []
+    for i, row in enumerate(rows):
+        if row["task"] not in DEFAULT_TASKS:
+            continue  # dates, lists and translations have no near misses
+        asked[row["language"]] += 1
+        if asked[row["language"]] <= SIDE_ROWS:
+            found.append(i)
+    return found
+
+
 @torch.no_grad()
 def minimal_pairs(model, chat, rows, batch_size=128):
     """
     One near miss per row (a plural form, direction, unit or digit that is wrong), and 1.0 where the model gives the
     reference a higher mean log-prob per token: -> list of floats (None where the item has no near miss, and behind the
-    first MINIMAL_PAIRS rows of a language).
+    first SIDE_ROWS rows of a language).
     """
     wrong, device = WrongAnswers(load_items()), next(model.parameters()).device
-    found, jobs, asked = [None] * len(rows), [], Counter()
-    for i, row in enumerate(rows):
-        asked[row["language"]] += 1
-        if asked[row["language"]] > MINIMAL_PAIRS:
-            continue
+    found, jobs = [None] * len(rows), []
+    for i in side_rows(rows):
+        row = rows[i]
         x = item_of(row).split(" ", 1)[1]
         near = [(why, text) for why, text in wrong(row["task"], x, row["language"], random.Random(row["id"]))
                 if why in ("wrong_plural", "wrong_direction", "one_digit_off", "wrong_unit")]
@@ -116,7 +128,7 @@ def per_language(samples, pairs, baselines, identify):
         at = [s for s in samples if language in ("all", s["language"])]
         columns = {"exact_match": [float(s["correct"]) for s in at],
                    "language_match": [float(s["language_seen"] == s["language"]) for s in at],
-                   "minimal_pairs": [s["minimal_pair"] for s in at]}
+                   "minimal_pairs": [s["minimal_pair"] for s in at], "reward": [s.get("reward") for s in at]}
         columns |= {f"win_rate_{name}": [s[f"win_rate_{name}"] for s in at] for name in baselines}
         row = {"n": len(at), "chrfpp": corpus_chrf([s["completion"] for s in at], [[s["reference"]] for s in at])}
         for metric, values in columns.items():
@@ -128,7 +140,14 @@ def per_language(samples, pairs, baselines, identify):
     return table
 
 
-def run(model, chat, rows, baselines):
-    """Everything above for one model: -> (samples, {language: metrics})."""
+def run(model, chat, rows, baselines, score=None):
+    """
+    Everything above for one model: -> (samples, {language: metrics}). `score`: [(prompt, completion)] -> rewards; with it
+    the reward of the answers is reported too, to be watched beside the win rate.
+    """
     samples = answer(model, chat, rows)
+    if score:
+        at = side_rows(samples)
+        for i, reward in zip(at, score([(samples[i]["prompt"], samples[i]["completion"]) for i in at])):
+            samples[i]["reward"] = reward
     return samples, per_language(samples, minimal_pairs(model, chat, rows), baselines, LanguageModel.shipped().identify)

@@ -1,0 +1,429 @@
+"""
+The kernels against their definitions in fp64: values and every gradient, odd sizes, three dtypes, and mutants that must fail.
+
+Tolerance: no more than twice the error that plain PyTorch makes in the same dtype, plus one rounding of the largest value.
+Without a GPU the kernels run in Triton's interpreter (conftest.py), which cannot show races, real shared memory, or an int32
+offset that overflows: test_compile.py compiles them, and the last test here needs a GPU.
+"""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STEP = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 1e-12}  # one rounding, relative
+PATHS = ["triton", "cpu"]
+
+
+def module(op):
+    return importlib.import_module(f"kernels.{op}")  # kernels.rope is the function, so the module goes by its full name
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def run(function, inputs, dtype, device):
+    """Outputs and gradients, in fp64, of function on the inputs in dtype; the upstream gradient is random but fixed."""
+    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [randn(*out.shape, seed=i).to(device, dtype).to(out.dtype) for i, out in enumerate(outputs)]
+    grads = torch.autograd.grad(outputs, leaves, upstream)
+    for leaf, x in zip(leaves, inputs):
+        assert torch.equal(leaf.detach().cpu(), x.to(dtype)), "an input was written to"
+    return [x.detach().double().cpu() for x in (*outputs, *grads)]
+
+
+def check(function, definition, eager, inputs, dtype, device):
+    """function's outputs and gradients against definition in fp64, allowing twice the error of eager in dtype."""
+    inputs = [x.to(dtype).double() for x in inputs]  # what dtype cannot hold is not the kernel's error
+    exact = run(definition, inputs, torch.float64, "cpu")
+    for i, (ours, plain, true) in enumerate(zip(*(run(f, inputs, dtype, device) for f in (function, eager)), exact)):
+        assert ours.shape == true.shape
+        error, allowed = (ours - true).abs().max(), 2 * (plain - true).abs().max() + STEP[dtype] * true.abs().max()
+        assert error <= allowed, f"output or gradient {i}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# --- One case of each operation: (function, definition, plain PyTorch, inputs). `file` is its module, or a mutant of it.
+
+
+def swiglu_case(file, path, shape=(3, 5, 129)):
+    function = file._SwiGLU.apply if path == "triton" else kernels.swiglu
+    return function, file.swiglu_reference, lambda g, u: F.silu(g) * u, [3 * randn(*shape), randn(*shape, seed=1)]
+
+
+def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True):
+    angle = randn(*((B, T, D // 2) if per_row else (T, D // 2))) * 3
+    cos, sin = angle.cos().float(), angle.sin().float()
+
+    def table(q):
+        return cos.to(q.device), sin.to(q.device)
+
+    def both(rotate):
+        return lambda q, k: (rotate(q, *table(q)), rotate(k, *table(q)))
+
+    def plain(x, cos, sin):
+        cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+    rope = file._Rope.apply if path == "triton" else kernels.rope
+    inputs = [randn(B, T, H, D), randn(B, T, Hkv, D, seed=1)]
+    return lambda q, k: rope(q, k, *table(q)), both(file.rope_reference), both(plain), inputs
+
+
+def layernorm_case(file, path, rows=13, C=129):
+    function = file._LayerNorm.apply if path == "triton" else kernels.layernorm
+    return (
+        lambda x, w: function(x, w, 1e-5),
+        lambda x, w: file.layernorm_reference(x, w, 1e-5),
+        lambda x, w: F.layer_norm(x, (C,), w, None, 1e-5),
+        [2 * randn(rows, C) + 1, randn(C, seed=1)],
+    )
+
+
+def starts(T, *lengths):
+    """doc_start of one row packed with documents of these lengths, the last one cut or stretched to end at T."""
+    firsts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))], dtype=torch.int32)
+    return firsts[torch.searchsorted(firsts, torch.arange(T), right=True) - 1]
+
+
+def attention_case(file, path, B=2, Tq=75, Tk=75, H=2, Hkv=1, D=16, docs=(), window=None, softcap=None, scale=None):
+    doc_start = torch.stack([starts(Tk, *docs[i % len(docs)]) for i in range(B)]) if docs else None
+
+    def positional(q):
+        return (None if docs == () else doc_start.to(q.device)), window, softcap, scale or D**-0.5
+
+    def plain(q, k, v):  # in q's dtype throughout
+        k, v = (x.repeat_interleave(H // Hkv, 2).transpose(1, 2) for x in (k, v))
+        scores = q.transpose(1, 2) @ k.transpose(-1, -2) * (scale or D**-0.5)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = file.visible(Tq, Tk, positional(q)[0], window, q.device)
+        return (scores.masked_fill(~mask, -1e4).softmax(-1) * mask @ v).transpose(1, 2)
+
+    attend = file._Attention.apply if path == "triton" else kernels.attention
+    inputs = [2 * randn(B, Tq, H, D), 2 * randn(B, Tk, Hkv, D, seed=1), randn(B, Tk, Hkv, D, seed=2)]
+    definition = lambda q, k, v: file.attention_reference(q, k, v, *positional(q))  # noqa: E731
+    return lambda q, k, v: attend(q, k, v, *positional(q)), definition, plain, inputs
+
+
+def token_logps_case(file, path, N=13, C=16, V=300, logit_scale=0.25, size=8.0):
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N))
+    targets[0], targets[-1] = V - 1, 0
+    function = file._TokenLogps.apply if path == "triton" else kernels.token_logps
+
+    def plain(h, w):
+        return ((h @ w.T).float() * logit_scale).log_softmax(-1).gather(1, targets.to(h.device)[:, None]).squeeze(1)
+
+    return (
+        lambda h, w: function(h, w, targets.to(h.device), logit_scale),
+        lambda h, w: file.token_logps_reference(h, w, targets, logit_scale),
+        plain,
+        [size * randn(N, C), randn(V, C, seed=1)],
+    )
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Sizes at which a short input crosses every kind of boundary: tiles, slices of the vocabulary, chunks, programs."""
+
+    def shrink(op, file):
+        if op == "attention":
+            tiles = {"forward": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1)}
+            monkeypatch.setattr(file, "TILES", {name: dict.fromkeys((16, 32, "fp32"), t) for name, t in tiles.items()})
+        if op == "layernorm":
+            monkeypatch.setattr(file, "PROGRAMS", 4)
+        if op == "token_logps":
+            monkeypatch.setattr(file, "SLICE", 13 * 128)
+            monkeypatch.setattr(file, "BLOCK", 64)
+            monkeypatch.setattr(file._TokenLogpsCPU, "CHUNK", 5)
+        return file
+
+    return shrink
+
+
+def test_interpreter_is_mended(triton_device):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(a_ptr, b_ptr, out_ptr, n, N: tl.constexpr):
+        offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+        acc = tl.zeros((N, N), dtype=tl.float32)
+        for _ in range(0, n):
+            acc += tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets))
+        tl.store(out_ptr + offsets, acc.to(tl.bfloat16))
+
+    a, b = (randn(16, 16, seed=s).bfloat16().to(triton_device) for s in (0, 1))
+    out = torch.empty_like(a)
+    product[(1,)](a, b, out, 2, N=16)
+    assert torch.equal(out, (2 * (a.double() @ b.double())).bfloat16())  # rounded to nearest even, once
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 127), (2, 5, 129), (2048,)])
+def test_swiglu(triton_device, path, dtype, shape):
+    check(*swiglu_case(module("swiglu"), path, shape), dtype, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 5, 3, 1, 32), (1, 7, 4, 2, 128)])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_rope(triton_device, path, dtype, sizes, per_row):
+    case = rope_case(module("rope"), path, *sizes, per_row=per_row)
+    check(*case, dtype, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, C", [(1, 127), (13, 129), (3, 1024)])
+def test_layernorm(triton_device, small_tiles, path, dtype, rows, C):
+    case = layernorm_case(small_tiles("layernorm", module("layernorm")), path, rows, C)
+    check(*case, dtype, triton_device if path == "triton" else "cpu")
+
+
+ATTENTION = {
+    "causal": {},
+    "one token": dict(B=1, Tq=1, Tk=1),
+    "groups": dict(Tq=40, Tk=40, H=6, Hkv=2),
+    "decode": dict(Tq=1, Tk=70, H=4, Hkv=2),
+    "last few": dict(Tq=37, Tk=75, docs=((20, 30, 25), (75,))),
+    "documents": dict(docs=((1, 1, 1, 29, 32, 11), (75,)), D=32),
+    "padded left": dict(docs=((-40, 75), (0, 75))),  # no query sees the first 40 keys, and the first 40 see nothing
+    "window": dict(window=20, Tk=129, Tq=129, B=1),
+    "all": dict(docs=((50, 25), (3, 72)), window=33, softcap=2.0, scale=0.4),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(triton_device, small_tiles, path, dtype, name):
+    case = attention_case(small_tiles("attention", module("attention")), path, **ATTENTION[name])
+    check(*case, dtype, triton_device if path == "triton" else "cpu")
+
+
+def test_attention_with_its_real_tiles(triton_device):
+    case = attention_case(module("attention"), "triton", B=1, Tq=300, Tk=300, H=1, docs=((129, 1, 127, 43),), D=128)
+    check(*case, torch.bfloat16, triton_device)
+
+
+def test_attention_of_long_rows_on_cpu():
+    check(*attention_case(module("attention"), "cpu", B=1, Tq=257, Tk=257), torch.float32, "cpu")  # PyTorch's own SDPA
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 16, 129), (13, 16, 300), (127, 8, 127)])
+def test_token_logps(triton_device, small_tiles, path, dtype, sizes):
+    case = token_logps_case(small_tiles("token_logps", module("token_logps")), path, *sizes)
+    check(*case, dtype, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_token_logps_at_256k_words_and_large_logits(triton_device, path):
+    case = token_logps_case(module("token_logps"), path, N=3, C=16, V=256_000, logit_scale=1.0, size=100.0)
+    check(*case, torch.float32, triton_device if path == "triton" else "cpu")
+
+
+def test_token_logps_keeps_or_recomputes_the_same(small_tiles):
+    kept = run(token_logps_case(module("token_logps"), "cpu")[0], [randn(13, 16), randn(300, 16)], torch.float64, "cpu")
+    small_tiles("token_logps", module("token_logps"))  # 13 rows no longer fit one chunk
+    again = run(token_logps_case(module("token_logps"), "cpu")[0], [randn(13, 16), randn(300, 16)], torch.float64, "cpu")
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(kept, again))
+
+
+# --- Invariances
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_stays_in_its_document(triton_device, small_tiles, path):
+    function, _, _, inputs = attention_case(
+        small_tiles("attention", module("attention")), path, docs=((25, 25, 25), (75,)), softcap=20.0
+    )
+    device = triton_device if path == "triton" else "cpu"
+    clean = run(function, inputs, torch.float32, device)
+    for bad in range(3):  # q, k or v
+        spoilt = [x.clone() for x in inputs]
+        spoilt[bad][0, 30, 0, 3] = float("nan")
+        spoilt[bad][0, 40, 0, 5] = float("inf")
+        leaves = [x.to(device, torch.float32).requires_grad_() for x in spoilt]
+        out = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, randn(*out.shape).to(device, torch.float32))
+        for ours, expected in zip((out, *grads), clean):
+            ours = ours.detach().double().cpu()
+            others = torch.cat([ours[0, :25], ours[0, 50:], ours[1]])
+            assert torch.allclose(others, torch.cat([expected[0, :25], expected[0, 50:], expected[1]]), atol=1e-5)
+        assert out[0, 45].isnan().any(), "who sees a NaN must not hide it"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_packed_documents_equal_separate_ones(triton_device, path):
+    function, _, _, (q, k, v) = attention_case(module("attention"), path, B=1, docs=((1, 40, 34),))
+    alone = attention_case(module("attention"), path, B=1)[0]
+    device = triton_device if path == "triton" else "cpu"
+    packed = run(function, [q, k, v], torch.float32, device)[0]
+    for start, end in [(0, 1), (1, 41), (41, 75)]:
+        one = run(alone, [x[:, start:end] for x in (q, k, v)], torch.float32, device)[0]
+        assert torch.allclose(packed[:, start:end], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_decoding_equals_the_whole_sequence(triton_device, path):
+    whole, _, _, (q, k, v) = attention_case(module("attention"), path, H=4, Hkv=2, window=30)
+    device = triton_device if path == "triton" else "cpu"
+    last = attention_case(module("attention"), path, Tq=3, H=4, Hkv=2, window=30)[0]
+    expected = run(whole, [q, k, v], torch.float32, device)[0][:, -3:]
+    assert torch.allclose(run(last, [q[:, -3:], k, v], torch.float32, device)[0], expected, atol=1e-5)
+
+
+def test_rope_scores_depend_on_distance_only():
+    angle = torch.arange(20, dtype=torch.float64)[:, None] / 100 ** (torch.arange(8) / 8)
+    x = randn(1, 1, 1, 16).expand(1, 20, 1, 16)
+    q, k = kernels.rope(x, x.flip(-1), angle.cos(), angle.sin())
+    scores = q[0, :, 0] @ k[0, :, 0].T
+    assert torch.allclose(scores[5, 2], scores[15, 12]) and not torch.allclose(scores[5, 2], scores[15, 11])
+
+
+OPS = {"swiglu": swiglu_case, "rope": rope_case, "layernorm": layernorm_case, "attention": attention_case,
+       "token_logps": token_logps_case}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("op", OPS)
+def test_strided_inputs_and_repeatable_gradients(triton_device, small_tiles, path, op):
+    """Inputs that are slices of something larger give what contiguous ones do; a second backward gives the same bits."""
+    function, _, _, inputs = OPS[op](small_tiles(op, module(op)), path)
+    device = triton_device if path == "triton" else "cpu"
+    expected = run(function, inputs, torch.float32, device)
+    for widen in (lambda x: x.repeat_interleave(2, 0)[::2], lambda x: torch.stack((x, -x), -1)[..., 0]):
+        leaves = [widen(x.to(device, torch.float32)).requires_grad_() for x in inputs]
+        assert not any(leaf.is_contiguous() for leaf in leaves if len(leaf) > 1)
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [randn(*out.shape, seed=i).to(device, torch.float32) for i, out in enumerate(outputs)]
+        once, twice = (torch.autograd.grad(outputs, leaves, upstream, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, twice))
+        for ours, true in zip((*outputs, *once), expected):
+            assert torch.allclose(ours.double().cpu(), true, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_the_cpu_path(small_tiles, op):
+    function, definition, _, inputs = OPS[op](small_tiles(op, module(op)), "cpu", **dict(attention=dict(
+        Tq=6, Tk=9, docs=((2, 4, 3), (9,)), softcap=3.0, D=4), layernorm=dict(rows=3, C=7), swiglu=dict(shape=(2, 5)),
+        rope=dict(T=2, D=4), token_logps=dict(C=4, V=9))[op])  # fmt: skip
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(function, leaves)
+    for ours, true in zip(run(function, inputs, torch.float64, "cpu"), run(definition, inputs, torch.float64, "cpu")):
+        assert torch.allclose(ours, true, atol=1e-10)
+
+
+def test_without_triton_the_cpu_paths_run():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "x = torch.ones(2, 4, 2, 4)\n"
+        "print(float(kernels.attention(x, x, x).sum()), float(kernels.swiglu(x, x).sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "64.0"
+
+
+def test_wrong_shapes_are_named():
+    x, w = torch.ones(2, 4, 6, 8), torch.ones(9)
+    for call in (
+        lambda: kernels.attention(x, x[:, :, :4], x[:, :, :4]),  # 6 query heads over 4 key heads
+        lambda: kernels.attention(x, x[:, :2], x[:, :2]),  # more queries than keys
+        lambda: kernels.rope(x, x, torch.ones(4, 8), torch.ones(4, 8)),  # D angles instead of D/2
+        lambda: kernels.layernorm(x, w, 1e-5),
+        lambda: kernels.swiglu(x, x[:1]),
+        lambda: kernels.token_logps(torch.ones(3, 9), w[None].repeat(5, 1), torch.zeros(2, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=r"\(2|\(9|\(3"):
+            call()
+
+
+# --- Mutants: a kernel with one line broken must fail the check that the right one passes.
+
+MUTANTS = [
+    ("swiglu", "silu's slope without its second term", "s * (1.0 + g * (1.0 - s))", "s", {}),
+    ("swiglu", "up's gradient from up", "dup_ptr + offset, d * g * s", "dup_ptr + offset, d * u * s", {}),
+    ("swiglu", "gate and up swapped", "g * tl.sigmoid(g) * u", "u * tl.sigmoid(u) * g", {}),
+    ("swiglu", "last elements not masked in", "mask = offset < n", "mask = offset < n - 1", {}),
+    ("swiglu", "last block not launched", "triton.cdiv(n, BLOCK)", "n // BLOCK", {}),
+    ("rope", "sign of the second half", "a * sin + b * cos", "a * sin - b * cos", {}),
+    ("rope", "halves instead of interleaved pairs", "(BLOCK_H, D // 2, 2)))",
+     "(BLOCK_H, 2, D // 2)).permute(0, 2, 1))", {}),
+    ("rope", "backward rotates forward", "INVERSE=inverse", "INVERSE=False", {}),
+    ("rope", "one table for all rows", "0 if cos.dim() == 2 else T * (D // 2)", "0", {}),
+    ("rope", "position off by one", "(token % T)", "((token + 1) % T)", {}),
+    ("layernorm", "no mean: RMSNorm", "x - mean, 0.0", "x, 0.0", {}),
+    ("layernorm", "variance over C - 1", "axis=0) / C + eps", "axis=0) / (C - 1) + eps", {}),
+    ("layernorm", "padding counted in the variance", "tl.where(inside, x - mean, 0.0)", "x - mean", {}),
+    ("layernorm", "dx without mean(d h)", " - h * (tl.sum(d * h, axis=0) / C)", "", {}),
+    ("layernorm", "dx without mean(d)", "d - tl.sum(d, axis=0) / C", "d", {}),
+    ("layernorm", "dweight of the last row only", "dw += dy * h", "dw = dy * h", {}),
+    ("attention", "the diagonal is masked", "j[None, :] <= m[:, None] + (Tk - Tq)", "j[None, :] < m[:, None] + (Tk - Tq)", {}),
+    ("attention", "queries taken for the first ones", "j[None, :] <= m[:, None] + (Tk - Tq)", "j[None, :] <= m[:, None]",
+     dict(Tq=37)),
+    ("attention", "documents see each other", "sees &= j[None, :] >= first[:, None]", "pass", dict(docs=((20, 55),))),
+    ("attention", "dk, dv: a document's end off by one", "m[None, :] < end", "m[None, :] <= end", dict(docs=((20, 55),))),
+    ("attention", "dk, dv: end found one early", "right=True", "right=False", dict(docs=((20, 55),))),
+    ("attention", "window one key wider", "(window - 1)", "window", dict(window=20)),
+    ("attention", "tiles at the edge counted wrong", "x < inner, 0", "x <= inner, 0", dict(docs=((20, 55),))),
+    ("attention", "heads of a group scattered", "h // G", "h % (H // G)", dict(H=4, Hkv=2)),
+    ("attention", "no rescaling when the maximum grows", "acc * rescale[:, None]", "acc", {}),
+    ("attention", "dS without delta", "(dp - delta[:, None])", "dp", {}),
+    ("attention", "softcap without its slope", "1.0 - t * t", "1.0", dict(softcap=2.0)),
+    ("attention", "dk not scaled", "dk * scale)", "dk)", {}),
+    ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
+    ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
+    ("token_logps", "slices not joined", "high + tl.log(tl.exp(lse - high) + tl.exp(slice_lse - high))", "slice_lse", {}),
+    ("token_logps", "words past the end counted", 'mask=col < V, other=-float("inf")', "mask=col < V, other=0.0", {}),
+    ("token_logps", "logit_scale missing in the gradient", "(g_ptr + row) * logit_scale", "(g_ptr + row)", {}),
+    ("token_logps", "dhidden of the last slice only", "dhidden += ", "dhidden = ", {}),
+    ("token_logps", "largest logit not subtracted", "tl.maximum(top, tl.max(z, axis=0))", "0.0", dict(size=500.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, name, right, wrong, sizes", MUTANTS, ids=[f"{m[0]}: {m[1]}" for m in MUTANTS])
+def test_mutant_is_caught(triton_device, small_tiles, tmp_path, op, name, right, wrong, sizes):
+    source = (ROOT / "kernels" / f"{op}.py").read_text()
+    assert right in source, f"the mutant {name!r} no longer applies: {right!r} is gone"
+    file = tmp_path / f"{op}.py"
+    file.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(f"kernels._mutant_{op}", file)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(*OPS[op](small_tiles(op, mutant), "triton", **sizes), torch.float32, triton_device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_mutant_starts_from_a_kernel_that_passes(triton_device, small_tiles, op):
+    for sizes in {str(m[4]): m[4] for m in MUTANTS if m[0] == op}.values():
+        check(*OPS[op](small_tiles(op, module(op)), "triton", **sizes), torch.float32, triton_device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="row offsets past 2**31 need 9 GB of GPU memory")
+def test_token_logps_past_int32(triton_device, monkeypatch):
+    monkeypatch.setattr(module("token_logps"), "SLICE", 2**40)
+    hidden, weight = randn(8400, 16).cuda().bfloat16(), randn(256_000, 16).cuda().bfloat16()
+    targets = torch.arange(8400, device="cuda") * 30
+    whole = kernels.token_logps(hidden, weight, targets)
+    assert torch.allclose(whole[-9:], kernels.token_logps(hidden[-9:], weight, targets[-9:]), atol=1e-4)
