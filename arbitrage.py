@@ -6,12 +6,12 @@ so a pool of teachers answers every prompt and a reward model, the Arbiter, keep
     pairs.jsonl   best against worst of the pool, ties dropped: what offline DPO trains on
     report.json   share of each teacher per language, mean reward of each teacher and of each router
 
-Routers: `reward` keeps the highest reward (the recipe's); `fixed` takes, per language, the teacher with the highest mean
-reward on the first --fixed_on prompts; `single` takes the one teacher with the highest mean reward overall; `random`
-draws one per prompt. Rewards are compared only within a prompt, except for those means, which compare teachers on the
-same prompts.
+Routers: `reward` keeps the highest reward (the recipe's); `fixed` takes, per language, the teacher with the highest
+mean reward on the first --fixed_on prompts; `single` takes the one teacher with the highest mean reward overall;
+`random` draws one per prompt. Rewards are compared only within a prompt, except for those means, which compare teachers
+on the same prompts.
 
-python arbitrage.py --prompts out/mini/data/arbitrage.jsonl --teachers out/mini/teacher-*/ --reward_model out/mini/rm --out /tmp/a
+python arbitrage.py --prompts out/mini/data/arbitrage.jsonl --teachers out/mini/teacher-*/ --out /tmp/arbitrage
 python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router random --out /tmp/random
 """
 
@@ -128,8 +128,8 @@ def main(cfg):
     groups = by_prompt(completions)
     chosen, pairs = route(groups, cfg.router, cfg.seed, cfg.fixed_on), preference_rows(groups, cfg.margin)
     if not chosen:
-        die(f"router {cfg.router} has nothing to route: every completion was cut off at {cfg.max_new_tokens} tokens or empty; "
-            "train the teachers longer, or raise --max_new_tokens")
+        die(f"router {cfg.router} has nothing to route: every completion was cut off at {cfg.max_new_tokens} tokens or "
+            "empty; train the teachers longer, or raise --max_new_tokens")
     shares = {}
     for row in chosen:
         share = shares.setdefault(row["language"], {})
@@ -144,12 +144,12 @@ def main(cfg):
     with common.atomic_dir(cfg.out) as folder:
         if common.is_main():
             write_rows(folder / "completions.jsonl", completions)
-            write_rows(folder / "sft.jsonl", [{k: r[k] for k in ("id", "language", "prompt", "completion", "teacher", "reward")}
-                                              for r in chosen])
+            fields = ("id", "language", "prompt", "completion", "teacher", "reward")
+            write_rows(folder / "sft.jsonl", [{k: r[k] for k in fields} for r in chosen])
             write_rows(folder / "pairs.jsonl", pairs)
             (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    print0(f"router {cfg.router}: {len(chosen)} of {len(groups)} prompts routed, {len(pairs)} pairs, {report['unusable']} of "
-           f"{len(completions)} completions cut off or empty -> {cfg.out}")
+    print0(f"router {cfg.router}: {len(chosen)} of {len(groups)} prompts routed, {len(pairs)} pairs, "
+           f"{report['unusable']} of {len(completions)} completions cut off or empty -> {cfg.out}")
     for router, mean in report["router_mean_reward"].items():
         print0(f"mean reward, {router:<6} " + ("-" if mean is None else f"{mean:.3f}"))
 

@@ -67,7 +67,8 @@ def _convert(flag, text, kind):
 def parse_config(config_class, argv=None):
     """
     A dataclass becomes the command line: --name value, --name=value, --flag / --no-flag for booleans, several values
-    for list fields; - and _ in names are the same. Typos, wrong types and missing values are errors. Returns an instance.
+    for list fields; - and _ in names are the same. Typos, wrong types and missing values are errors. Returns an
+    instance.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
@@ -228,7 +229,7 @@ def seed_everything(seed):
 
 
 def cosine_lr(step, max_steps, peak, warmup=0, floor=0.0):
-    """Learning rate of 0-based `step`: linear warm-up over `warmup` steps, then a cosine from `peak` to floor * peak."""
+    """Learning rate of 0-based `step`: linear warm-up over `warmup` steps, then cosine from `peak` to floor * peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, max_steps - warmup)
@@ -255,8 +256,9 @@ class AdamW:
                 if p not in self.state:
                     self.state[p] = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
             means, squares, steps = map(list, zip(*(self.state[p] for p in params))) if params else ([], [], [])
-            adamw(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
-                  beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=group["weight_decay"], eps=self.eps)
+            adamw(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False,
+                  maximize=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr,
+                  weight_decay=group["weight_decay"], eps=self.eps)
 
     def zero_grad(self):
         for group in self.param_groups:

@@ -160,8 +160,8 @@ def check_row(row, kind, where):
                 isinstance(m, dict) and m.get("role") in tuple(ROLES) and isinstance(m.get("content"), str)
                 and (m["content"].strip() or m["role"] == "system") for m in value)
             if not good or (name == "messages" and value[-1]["role"] != "assistant"):
-                die(f"{where}: {name!r} must be a list of messages with a role (system, user, assistant) and a content that "
-                    "is not empty" + (", the last one the assistant's" if name == "messages" else ""))
+                die(f"{where}: {name!r} must be a list of messages with a role (system, user, assistant) and a content "
+                    "that is not empty" + (", the last one the assistant's" if name == "messages" else ""))
         elif not isinstance(value, str):
             die(f"{where}: {name!r} must be a string, got {type(value).__name__}")
         elif not value.strip() and not (kind == "completions" and name == "completion"):  # a model may say nothing
@@ -182,9 +182,11 @@ def read_jsonl(path):
                 except json.JSONDecodeError as e:
                     die(f"{path}:{number} is not JSON ({e.msg}); each line must be one JSON object")
                 except UnicodeDecodeError as e:
-                    die(f"{path}:{number} is not UTF-8 (byte {e.start} of the line): convert it, e.g. with iconv -t utf-8")
+                    die(f"{path}:{number} is not UTF-8 (byte {e.start} of the line): "
+                        "convert it, e.g. with iconv -t utf-8")
                 except UnicodeEncodeError:
-                    die(f"{path}:{number} holds half of a character (a \\ud... escape without its other half); mend the row")
+                    die(f"{path}:{number} holds half of a character (a \\ud... escape without its other half); "
+                        "mend the row")
                 yield row, f"{path}:{number}"
     except FileNotFoundError:
         die(f"{path} not found")

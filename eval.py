@@ -53,19 +53,21 @@ def evaluate(cfg, path, out, device, score):
     results, begin = {}, time.time()
     with atomic_dir(out) as folder:
         for task in cfg.tasks:
-            baselines = {Path(b).name: [row for row, _ in read_jsonl(Path(b) / f"samples_{task}.jsonl")] for b in cfg.baseline}
+            baselines = {Path(b).name: [row for row, _ in read_jsonl(Path(b) / f"samples_{task}.jsonl")]
+                         for b in cfg.baseline}
             rows = read_limited(Path(cfg.data) / TASKS[task].FILE, cfg.limit)
             samples, results[task] = TASKS[task].run(model, chat, rows, baselines, score)
             if common.is_main():
                 write_rows(folder / f"samples_{task}.jsonl", samples)
         if common.is_main():
-            (folder / "results.json").write_text(json.dumps(
-                {"model": path, "commit": common.git_commit(), "hardware": common.hardware(),
-                 "seconds": round(time.time() - begin, 2), "results": results}, ensure_ascii=False, indent=1), encoding="utf-8")
+            report = {"model": path, "commit": common.git_commit(), "hardware": common.hardware(),
+                      "seconds": round(time.time() - begin, 2), "results": results}
+            (folder / "results.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     for task, table in results.items():
         overall = table["all"]
-        print0(f"{Path(path).name}, {task}: " + " | ".join(f"{k} {v:.3f}" for k, v in overall.items()
-               if isinstance(v, float) and not k.endswith("_stderr")) + f" | n {overall['n']} | {time.time() - begin:.1f} s")
+        metrics = " | ".join(f"{k} {v:.3f}" for k, v in overall.items()
+                             if isinstance(v, float) and not k.endswith("_stderr"))
+        print0(f"{Path(path).name}, {task}: {metrics} | n {overall['n']} | {time.time() - begin:.1f} s")
 
 
 def main(cfg):

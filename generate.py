@@ -6,7 +6,7 @@ batch. Each token is drawn by inverse transform from one uniform number that dep
 position), so neither batch size nor order nor the number of ranks changes what is drawn.
 
 python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out /tmp/completions.jsonl
-python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k8.jsonl --samples 8 --temperature 0.8
+python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k.jsonl --samples 8 --temperature 0.8
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def uniforms(seed, prompts, samples, position):
 
 
 def draw(logits, temperature, top_p, u):
-    """logits (n, V), u (n,) uniform -> (n,) token ids: greedy at temperature 0, else softmax(logits / T) cut to top_p."""
+    """logits (n, V), u (n,) uniform -> (n,) ids: greedy at temperature 0, else softmax(logits / T) cut to top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
@@ -64,8 +64,8 @@ def draw(logits, temperature, top_p, u):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, stop_ids=(), seed=0, prompt_keys=None,
-             batch_size=256, vocab_size=None):
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, stop_ids=(), seed=0,
+             prompt_keys=None, batch_size=256, vocab_size=None):
     """
     prompts: list of lists of token ids -> for each prompt a list of `samples` lists of new ids (a stop id ends a
     completion and is part of it). `prompt_keys`: a number per prompt that names it in the draws (default: its place);
@@ -110,12 +110,13 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
             live &= ~torch.isin(token, stops)
             if position == max_new_tokens - 1 or not live.any():
                 break
-            if live.sum() < 0.75 * len(place):  # finished rows leave; moving the cache costs a copy, so not at every step
+            if live.sum() < 0.75 * len(place):  # finished rows leave; not at every step: moving the cache costs a copy
                 keep = live.nonzero().squeeze(1)
                 place, token = [place[r] for r in keep.tolist()], token[keep]
                 doc_start, live = doc_start[keep], live[keep]
                 cache.take(keep)
-            logits = model.logits(model.hidden(token[:, None], doc_start=doc_start if ragged else None, cache=cache)[:, -1])
+            hidden = model.hidden(token[:, None], doc_start=doc_start if ragged else None, cache=cache)
+            logits = model.logits(hidden[:, -1])
     return [[cut(c, stop_ids) for c in row] for row in out]
 
 
@@ -124,7 +125,8 @@ def cut(ids, stop_ids):
     return next((ids[:n + 1] for n, t in enumerate(ids) if t in stop_ids), ids)
 
 
-def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256, teacher=""):
+def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256,
+             teacher=""):
     """Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks."""
     place = range(common.rank(), len(rows), common.world())
     with common.unsharded(model):

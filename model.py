@@ -1,5 +1,6 @@
 """
-The Cohere Command architecture by hand: Command R, Aya 23 and Aya Expanse are this file with other numbers in config.json.
+The Cohere Command architecture by hand: Command R, Aya 23 and Aya Expanse are this file with other numbers in
+config.json.
 
 What differs from Llama, in the order of the code: LayerNorm that subtracts the mean and has no bias; attention and MLP
 read the *same* normalised input and are added together (a parallel block); rotary positions on interleaved pairs; the
@@ -8,7 +9,8 @@ so a checkpoint folder loads here and in transformers without any conversion.
 
 Shapes: B rows, T tokens, C hidden_size, H query heads, Hkv key/value heads, D head width, V vocabulary.
 Sources: transformers' Cohere configuration and checkpoints; parallel block: Wang & Komatsuzaki 2021 (GPT-J);
-RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.13245; SwiGLU: Shazeer 2020, arXiv 2002.05202.
+RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.13245;
+SwiGLU: Shazeer 2020, arXiv 2002.05202.
 """
 
 import dataclasses
@@ -177,7 +179,7 @@ class KVCache:
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def take(self, rows):
-        """Keeps (or repeats) the rows of this index tensor: finished rows leave, samples of one prompt share a prefill."""
+        """Keeps (or repeats) rows by this index tensor: finished rows leave, samples of one prompt share a prefill."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -197,7 +199,7 @@ class Transformer(nn.Module):
         return self
 
     def rope_tables(self, positions):
-        """cos and sin (..., T, D/2) in fp32 of integer positions (..., T); frequency i is theta^(-2i/D), RoPE Eq. 15."""
+        """cos and sin (..., T, D/2) in fp32 of integer positions (..., T); frequency i: theta^(-2i/D), RoPE Eq. 15."""
         D = self.cfg.head_dim
         frequency = self.cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
         angle = positions[..., None].float() * frequency
@@ -243,8 +245,9 @@ class Transformer(nn.Module):
         B, T = ids.shape
         b, t = loss_mask[:, 1:].nonzero(as_tuple=True)
         rows = b * (T - 1) + t
-        logps = token_logps(hidden[:, :-1].reshape(B * (T - 1), -1).index_select(0, rows), self.model.embed_tokens.weight,
-                            ids[:, 1:].reshape(-1)[rows], self.cfg.logit_scale)
+        trained = hidden[:, :-1].reshape(B * (T - 1), -1).index_select(0, rows)
+        logps = token_logps(trained, self.model.embed_tokens.weight, ids[:, 1:].reshape(-1)[rows],
+                            self.cfg.logit_scale)
         return torch.zeros((B, T - 1), dtype=logps.dtype, device=ids.device).index_put((b, t), logps)  # no view: FSDP
 
 

@@ -37,7 +37,8 @@ def headline(results, codes, base, sft, final):
     """Title, one sentence with the gain, and three numbers to remember."""
     first, last = (percent(number(s, "exact_match"), 0) for s in (base, final))
     scores = [f"{percent(number(s, 'exact_match'))} for {s['name']}" for s in (base, sft, final) if s]
-    title = f"From {first} to {last} right, in {len(codes)} languages" if final else "The recipe, step by step"
+    languages = len({c.split("-")[0] for c in codes})
+    title = f"From {first} to {last} right, in {languages} languages" if final else "The recipe, step by step"
     sentence = f"Exact match on held-out prompts: {', '.join(dict.fromkeys(scores))}."
     win, preset = win_rate(final, "win_rate", "sft"), results.get("preset", "mini")
     routed, best = (number(results, "arbitrage", "accuracy", k) for k in ("routed", "best_single"))

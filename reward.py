@@ -79,7 +79,8 @@ def load_reward_model(path, dtype=None, device=None):
     except ValueError as e:
         die(f"{path / 'config.json'} is not JSON: {e}")
     if ARCHITECTURE not in (raw.get("architectures") or []):
-        die(f"{path}: architecture {raw.get('architectures')} is not a reward model that reward.py knows ({ARCHITECTURE})")
+        die(f"{path}: architecture {raw.get('architectures')} is not a reward model that reward.py knows "
+            f"({ARCHITECTURE})")
     if "response_token_id" not in raw:
         die(f"{path / 'config.json'} has no response_token_id, so no completion can be told from its prompt")
     tensors = read_weights(path)
@@ -108,8 +109,8 @@ def write_reward_model(folder, model, source):
 @torch.no_grad()
 def score(model, chat, pairs, batch_tokens=8192):
     """
-    [(prompt, completion)] -> list of rewards, in order; each (prompt, completion) is scored once and rows are batched by
-    length. Split over the ranks.
+    [(prompt, completion)] -> list of rewards, in order; each (prompt, completion) is scored once and rows are batched
+    by length. Split over the ranks.
     """
     device = next(model.parameters()).device
     unique = list(dict.fromkeys((json.dumps(p), c) for p, c in pairs))
@@ -133,15 +134,15 @@ def score(model, chat, pairs, batch_tokens=8192):
 
 
 def best_and_worst(rewards, margin=0.0):
-    """Indices of the highest and lowest reward, or None if they are no more than `margin` apart (a tie teaches noise)."""
+    """Indices of the highest and lowest reward, or None if no more than `margin` apart (a tie teaches noise)."""
     best, worst = max(range(len(rewards)), key=rewards.__getitem__), min(range(len(rewards)), key=rewards.__getitem__)
     return (best, worst) if rewards[best] - rewards[worst] > margin else None
 
 
 def audit(rows, chosen, rejected):
     """
-    Preference rows and their rewards -> {language or "all": accuracy (ties half), mean and spread of rewards, correlation
-    of reward with length in characters, n}: is this Arbiter better than chance in each language?
+    Preference rows and their rewards -> {language or "all": accuracy (ties half), mean and spread of rewards,
+    correlation of reward with length in characters, n}: is this Arbiter better than chance in each language?
     """
     table = {}
     for language in ["all", *dict.fromkeys(r["language"] for r in rows)]:
@@ -165,15 +166,16 @@ def main(cfg):
         if is_main():
             write_rows(cfg.out, [row | {"reward": r} for row, r in zip(rows, rewards)])
         return print0(f"{len(rows)} rewards, mean {statistics.fmean(rewards):.3f} -> {cfg.out}")
-    both = score(model, chat, [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows], cfg.batch_tokens)
+    sides = [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
+    both = score(model, chat, sides, cfg.batch_tokens)
     table = audit(rows, both[:len(rows)], both[len(rows):])
     if is_main():
         with atomic_file(cfg.out) as f:
             json.dump(table, f, ensure_ascii=False, indent=1)
     print0("language  accuracy   mean  spread  corr(length)      n")
     for language, t in table.items():
-        print0(f"{language:<9} {t['accuracy']:8.3f} {t['mean']:6.2f} {t['spread']:7.2f} {t['length_correlation']:13.2f} "
-               f"{t['n']:6d}")
+        print0(f"{language:<9} {t['accuracy']:8.3f} {t['mean']:6.2f} {t['spread']:7.2f} "
+               f"{t['length_correlation']:13.2f} {t['n']:6d}")
 
 
 if __name__ == "__main__":

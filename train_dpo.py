@@ -7,13 +7,14 @@ the worst, ties are dropped, and the policy at the start of the round is the ref
 and the second three times. Both go through the same loop below: an online round only makes its own pairs first.
 
 python train_dpo.py --model out/mini/sft --pairs out/mini/arbitrage/pairs.jsonl --out /tmp/dpo
-torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --samples 8 --out DIR
+torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --out DIR
 
 What to watch: `margins` and `accuracies` rise. The *chosen* log-probability may well fall while training works: DPO
 raises the difference, not the chosen one. `reward` of the reward model rising while the judged win rate does not is
 reward hacking: look at both.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -99,8 +100,9 @@ def online_pairs(cfg, policy, chat, reward_model, reward_chat, rows, seed):
     K samples of the current policy for each prompt, scored: -> (completion rows with rewards, preference rows of best
     against worst). Samples cut off before their end of turn are not eligible, equal rewards make no pair.
     """
-    done = complete(policy, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples, seed=seed, teacher="policy")
-    greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # for the report: best of K beside greedy
+    done = complete(policy, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples, seed=seed,
+                    teacher="policy")
+    greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported: best of K beside greedy
     done += [row | {"sample": "greedy"} for row in greedy]
     rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in done])
     done = [row | {"reward": reward} for row, reward in zip(done, rewards)]
@@ -122,9 +124,11 @@ def make_miniature(cfg):
     if all(Path(p.rpartition(":")[0] or p).exists() for p in needed):
         return
     if common.is_main():
-        print(f"{' '.join(needed)}: making what is missing of the miniature first (python recipe.py --until sft)", flush=True)
-        environment = {k: v for k, v in __import__("os").environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        subprocess.run([sys.executable, "recipe.py", "--until", "sft"], cwd=Path(__file__).parent, check=True, env=environment)
+        print(f"{' '.join(needed)}: making what is missing of the miniature first (python recipe.py --until sft)",
+              flush=True)
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        subprocess.run([sys.executable, "recipe.py", "--until", "sft"], cwd=Path(__file__).parent, check=True,
+                       env=environment)
     common.barrier()
 
 
@@ -146,7 +150,8 @@ def main(cfg):
     if cfg.prompts:
         prompts = [r for r in read_rows(cfg.prompts, "prompts") if keep_language(r)]
         if len(prompts) < cfg.rounds:
-            die(f"{cfg.prompts} holds {len(prompts)} prompts of the languages asked for, too few for {cfg.rounds} rounds")
+            die(f"{cfg.prompts} holds {len(prompts)} prompts of the languages asked for, "
+                f"too few for {cfg.rounds} rounds")
         reward_model, reward_chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
     begin = time.time()
     with common.atomic_dir(cfg.out) as folder:
@@ -159,13 +164,15 @@ def main(cfg):
                     write_rows(folder / f"pairs-{round_number}.jsonl", rows)
                 greedy = statistics.fmean(r["reward"] for r in done if r["sample"] == "greedy")
                 mean = statistics.fmean(r["reward"] for r in done if r["sample"] != "greedy")
-                print0(f"round {round_number}: {cfg.samples} samples of {len(fresh)} prompts, reward {mean:.3f} (greedy "
-                       f"{greedy:.3f}), {len(rows)} pairs")
+                print0(f"round {round_number}: {cfg.samples} samples of {len(fresh)} prompts, "
+                       f"reward {mean:.3f} (greedy {greedy:.3f}), {len(rows)} pairs")
             else:
                 rows = [r for r in read_mixture(cfg.pairs, "preferences", cfg.seed) if keep_language(r)]
                 if cfg.margin:
-                    rows = [r for r in rows if r.get("chosen_reward", cfg.margin + 1) - r.get("rejected_reward", 0) > cfg.margin]
-            pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"])) for r in rows]
+                    rows = [r for r in rows
+                            if r.get("chosen_reward", cfg.margin + 1) - r.get("rejected_reward", 0) > cfg.margin]
+            pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"]))
+                     for r in rows]
             longer = [max(pair, key=lambda e: len(e.ids)) for pair in pairs]
             kept, dropped = drop_long(longer, cfg.max_tokens, [r["language"] for r in rows])
             pairs, lengths = [pairs[i] for i in kept], [len(longer[i].ids) for i in kept]
@@ -185,10 +192,11 @@ def main(cfg):
                 totals = torch.zeros(6, dtype=torch.float64)
                 for m in range(0, len(mine), cfg.micro_batch_size):
                     micro = mine[m:m + cfg.micro_batch_size]
-                    both = seq_logps(policy, [pairs[i][0] for i in micro] + [pairs[i][1] for i in micro], chat.pad, device)
-                    chosen, rejected = both.chunk(2)  # one forward for both halves
+                    examples = [pairs[i][0] for i in micro] + [pairs[i][1] for i in micro]
+                    chosen, rejected = seq_logps(policy, examples, chat.pad, device).chunk(2)  # one forward for both
                     ref_chosen, ref_rejected = torch.tensor([ref[i] for i in micro], device=device).unbind(1)
-                    loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
+                    loss, chosen_reward, rejected_reward = dpo_loss(
+                        chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
                     loss = loss.sum() / cfg.batch_size  # this share of the mean over the batch's pairs
                     (loss * common.world()).backward()  # FSDP averages gradients over ranks
                     totals += torch.stack([t.detach().sum() for t in (

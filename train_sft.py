@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import common
 from common import die, parse_config, print0
 from data import Chat, batch_order, drop_long, encode_sft, pack_batch, pad_batch, read_mixture
@@ -31,7 +29,7 @@ class Config:
     kv_heads: int = 2  # only for --model new
     intermediate_size: int = 384  # only for --model new
     init_std: float = 0.06  # only for --model new: spread of the random weights
-    data: list[str] = field(default_factory=lambda: ["out/mini/arbitrage/sft.jsonl"])  # files, each with optional :weight
+    data: list[str] = field(default_factory=lambda: ["out/mini/arbitrage/sft.jsonl"])  # files, each may end in :weight
     languages: list[str] = field(default_factory=list)  # train only on these languages (default: all)
     out: str = "out/mini/sft-run"  # checkpoint folder to write
     batch_size: int = 64  # rows per optimizer step, over all ranks
@@ -52,8 +50,8 @@ class Config:
 def sft_loss(token_logps, loss_mask, tokens):
     """
     Negative log-likelihood per trained token: token_logps (B, T - 1), loss_mask (B, T) -> scalar. `tokens` counts the
-    trained tokens of the WHOLE batch (all micro-batches and ranks), so the sum over micro-batches is the batch's mean and
-    the gradient does not depend on how the batch is cut.
+    trained tokens of the WHOLE batch (all micro-batches and ranks), so the sum over micro-batches is the batch's mean
+    and the gradient does not depend on how the batch is cut.
     """
     return -(token_logps * loss_mask[:, 1:]).sum() / tokens
 
@@ -65,10 +63,12 @@ def main(cfg):
     source = cfg.tokenizer if cfg.model == "new" else cfg.model
     chat = Chat(source)
     if cfg.model == "new":
-        model = Transformer(ModelConfig(
-            vocab_size=chat.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers, eos_token_id=chat.end,
-            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, intermediate_size=cfg.intermediate_size,
-            bos_token_id=chat.bos, pad_token_id=chat.pad, logit_scale=1.0, initializer_range=cfg.init_std)).init_weights(cfg.seed).to(device)
+        config = ModelConfig(
+            vocab_size=chat.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+            bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad, logit_scale=1.0,
+            initializer_range=cfg.init_std)
+        model = Transformer(config).init_weights(cfg.seed).to(device)
     else:
         model = load(cfg.model, device=device)
     model = common.wrap(model)
@@ -101,7 +101,10 @@ def main(cfg):
             total = 0.0
             for m in range(0, len(mine), cfg.micro_batch_size):
                 micro = [examples[i] for i in mine[m:m + cfg.micro_batch_size]]
-                ids, mask, doc_start = pack_batch(micro, device) if cfg.pack else (*pad_batch(micro, chat.pad, device), None)
+                if cfg.pack:
+                    ids, mask, doc_start = pack_batch(micro, device)
+                else:
+                    (ids, mask), doc_start = pad_batch(micro, chat.pad, device), None
                 loss = sft_loss(model.token_logps(ids, mask, doc_start), mask, tokens)
                 (loss * common.world()).backward()  # FSDP averages gradients over ranks; the loss is already a share
                 total += loss.item()

@@ -1,7 +1,7 @@
 """
 The miniature over several seeds: README's table of results, mean and spread.
 
-python bench/mini.py --seeds 0 1 2            # runs recipe.py --controls for each seed, writes bench/results/mini.{json,md}
+python bench/mini.py --seeds 0 1 2  # runs recipe.py --controls for each seed, writes bench/results/mini.{json,md}
 """
 
 import json
@@ -29,32 +29,39 @@ def spread(values, digits=1, scale=100):
 
 
 def table(runs):
-    """Runs' results.json -> markdown: stages, arbitrage, rounds, claims; every cell is mean ± deviation over the seeds."""
+    """Runs' results.json -> markdown: stages, arbitrage, rounds, claims; every cell is mean ± deviation over seeds."""
     stages = [s["name"] for s in runs[0]["stages"]]
     at = lambda run, name: next(s for s in run["stages"] if s["name"] == name)
     lines = ["| stage | exact match | chrF++ | win rate against SFT | win rate against the best teacher | seconds |",
              "|---|---|---|---|---|---|"]
     for name in stages:
         s = [at(run, name) for run in runs]
-        lines.append(f"| {name} | {spread([x['exact_match'] for x in s])} | {spread([x['chrfpp'] for x in s], scale=1)} | "
-                     f"{spread([x['win_rate']['sft'][0] for x in s])} | {spread([x['win_rate']['best_teacher'][0] for x in s])} | "
+        lines.append(f"| {name} | {spread([x['exact_match'] for x in s])} | "
+                     f"{spread([x['chrfpp'] for x in s], scale=1)} | "
+                     f"{spread([x['win_rate']['sft'][0] for x in s])} | "
+                     f"{spread([x['win_rate']['best_teacher'][0] for x in s])} | "
                      f"{statistics.fmean(x['seconds'] for x in s):.0f} |")
     lines += ["", "| arbitrage data | right answers |", "|---|---|"]
     accuracies = [run["arbitrage"]["accuracy"] for run in runs]
     for name, key in (("best single teacher", "best_single"), ("random routing", "random"), ("fixed routing", "fixed"),
                       ("routed by the reward model", "routed"), ("oracle (sees the references)", "oracle")):
         lines.append(f"| {name} | {spread([a[key] for a in accuracies])} |")
-    lines += ["", "| online round | greedy | best of 8 by the reward model | oracle of 8 | reward before | reward after |", "|---|---|---|---|---|---|"]
+    lines += ["",
+              "| online round | greedy | best of 8 by the reward model | oracle of 8 | reward before | reward after |",
+              "|---|---|---|---|---|---|"]
     for i in range(len(runs[0]["rounds"])):
         r = [run["rounds"][i] for run in runs]
-        lines.append(f"| {i + 1} | " + " | ".join(spread([x[k] for x in r]) for k in ("greedy", "best_of_k", "oracle"))
-                     + "".join(f" | {spread([x[k] for x in r], 2, 1)}" for k in ("reward_before", "reward_after")) + " |")
+        right = [spread([x[k] for x in r]) for k in ("greedy", "best_of_k", "oracle")]
+        rewards = [spread([x[k] for x in r], 2, 1) for k in ("reward_before", "reward_after")]
+        lines.append(f"| {i + 1} | " + " | ".join(right + rewards) + " |")
     lines += ["", "| claim | holds in | value, by seed |", "|---|---|---|"]
     for i, claim in enumerate(runs[0]["claims"]):
         held = [run["claims"][i] for run in runs]
-        lines.append(f"| {claim['claim']} | {sum(c['holds'] for c in held)} of {len(runs)} | {'; '.join(c['value'] for c in held)} |")
+        values = "; ".join(c["value"] for c in held)
+        lines.append(f"| {claim['claim']} | {sum(c['holds'] for c in held)} of {len(runs)} | {values} |")
     seconds, seeds = (" / ".join(str(round(run[key])) for run in runs) for key in ("seconds", "seed"))
-    lines += ["", f"Seconds, with the control: {seconds}; seeds {seeds}; {runs[0]['hardware']}; commit {runs[0]['commit']}."]
+    lines += ["", f"Seconds, with the control: {seconds}; seeds {seeds}; {runs[0]['hardware']}; "
+                  f"commit {runs[0]['commit']}."]
     return "\n".join(lines) + "\n"
 
 

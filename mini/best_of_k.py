@@ -4,7 +4,7 @@ Can preference training help? Best of K by the reward model beside greedy, on an
 If the sample that the reward model likes best is not right more often than greedy decoding, DPO on its choices has
 nothing true to learn: mend the reward model, not DPO. The references read here are never read by training.
 
-python -m mini.best_of_k --completions out/mini/online-1-west/completions-1.jsonl out/mini/online-1-east/completions-1.jsonl
+python -m mini.best_of_k --completions out/mini/online-1-*/completions-1.jsonl
 """
 
 import json
@@ -26,21 +26,27 @@ class Config:
 def measure(completions, references):
     """
     Completion rows (sample "greedy" or a number), {id: reference} -> means over prompts: greedy, sample (a random one),
-    best_of_k, worst_of_k and oracle are shares of right answers; reward_greedy, reward_mean and reward_best are rewards.
+    best_of_k, worst_of_k and oracle are shares of right answers; reward_greedy, reward_mean and reward_best are
+    rewards.
     """
     groups = {}
     for row in completions:
-        groups.setdefault((row["id"]), []).append((row["sample"], normal(row["completion"]) == references[row["id"]], row["reward"]))
-    columns = {k: [] for k in ("greedy", "sample", "best_of_k", "worst_of_k", "oracle", "reward_greedy", "reward_mean", "reward_best")}
+        right = float(normal(row["completion"]) == references[row["id"]])
+        groups.setdefault(row["id"], []).append((row["sample"], row["reward"], right))
+    columns = {k: [] for k in ("greedy", "sample", "best_of_k", "worst_of_k", "oracle",
+                               "reward_greedy", "reward_mean", "reward_best")}
     for group in groups.values():
-        sampled = [(reward, right) for sample, right, reward in group if sample != "greedy"]
-        greedy = [(reward, right) for sample, right, reward in group if sample == "greedy"]
-        for name, value in (("sample", statistics.fmean(right for _, right in sampled)),
-                            ("best_of_k", max(sampled, key=lambda s: s[0])[1]), ("worst_of_k", min(sampled, key=lambda s: s[0])[1]),
-                            ("oracle", any(right for _, right in sampled)), ("reward_mean", statistics.fmean(r for r, _ in sampled)),
-                            ("reward_best", max(r for r, _ in sampled)), *((("greedy", greedy[0][1]), ("reward_greedy", greedy[0][0]))
-                                                                          if greedy else ())):
-            columns[name].append(float(value))
+        greedy = [(reward, right) for sample, reward, right in group if sample == "greedy"]
+        sampled = [(reward, right) for sample, reward, right in group if sample != "greedy"]
+        by_reward = lambda s: s[0]
+        best, worst = max(sampled, key=by_reward), min(sampled, key=by_reward)
+        found = {"sample": statistics.fmean(right for _, right in sampled), "best_of_k": best[1],
+                 "worst_of_k": worst[1], "oracle": max(right for _, right in sampled),
+                 "reward_mean": statistics.fmean(reward for reward, _ in sampled), "reward_best": best[0]}
+        if greedy:
+            found["reward_greedy"], found["greedy"] = greedy[0]
+        for name, value in found.items():
+            columns[name].append(value)
     return {name: statistics.fmean(values) for name, values in columns.items() if values} | {"prompts": len(groups)}
 
 

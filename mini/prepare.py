@@ -31,7 +31,7 @@ class Config:
     tasks: list[str] = field(default_factory=lambda: ["spell", "relative", "unit"])  # also: date list translate
     languages: list[str] = field(default_factory=lambda: list(LANGUAGES))  # a subset makes everything faster
     vocab_size: int = 4096  # of the tokenizer
-    arbitrage_share: float = 0.5  # share of the `prefer` items that the teachers answer; the rest is for the online rounds
+    arbitrage_share: float = 0.5  # share of `prefer` items that the teachers answer; the rest is for the online rounds
     rounds: int = 3  # online rounds to cut fresh prompts for
     items: int = 0  # per split at most this many items (0: all); for smoke tests
     seed: int = 0  # of the order of items
@@ -54,7 +54,8 @@ def main(cfg):
     udhr = [r for r in load_udhr(range(0, 25)) if r["language"] in cfg.languages]
 
     def sft(made):
-        return [{"id": r["id"], "language": r["language"], "prompt": r["prompt"], "completion": r["reference"]} for r in made]
+        return [{"id": r["id"], "language": r["language"], "prompt": r["prompt"], "completion": r["reference"]}
+                for r in made]
 
     def prompts(made):
         return [{"id": r["id"], "language": r["language"], "prompt": r["prompt"]} for r in made]

@@ -2,7 +2,8 @@
 Puts a finished run of the miniature together: results.json (for report.py and for comparing seeds) and table.md.
 
 Win rates are judged here, from the samples that eval.py wrote: tasks/mini.py's judge reads the references and knows
-nothing of the reward model. Intervals are 95 % bootstrap percentiles that resample items, since all languages share them.
+nothing of the reward model. Intervals are 95 % bootstrap percentiles that resample items, since all languages share
+them.
 
 python -m mini.summary --run out/mini
 """
@@ -12,7 +13,6 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from arbitrage import by_prompt, route
 from common import atomic_file, die, git_commit, hardware, parse_config
 from data import read_jsonl, read_rows
 from tasks.mini import clustered_interval, judge, normal
@@ -45,17 +45,21 @@ def accuracy(samples, ids=None):
 
 
 def arbitrage_accuracy(run, references):
-    """Share of right completions of every single teacher and router, and of an oracle that sees the references."""
-    completions = read_rows(run / "arbitrage" / "completions.jsonl", "completions")
+    """
+    Share of right answers in the data of each router; of every single teacher; of random routing (its expectation); and of
+    an oracle that sees the references.
+    """
     right = lambda row: normal(row["completion"]) == references[row["id"]]
-    groups = by_prompt(completions)
-    single = {}
-    for row in completions:
-        single.setdefault(row["teacher"], []).append(right(row))
-    found = {router: statistics.fmean(map(right, route(groups, router))) for router in ("reward", "fixed", "random")}
-    return {"routed": found["reward"], "fixed": found["fixed"], "random": found["random"],
-            "oracle": statistics.fmean(any(map(right, group)) for group in groups.values()),
-            "single": (single := {t: statistics.fmean(v) for t, v in single.items()}), "best_single": max(single.values())}
+    teachers, prompts = {}, {}
+    for row in read_rows(run / "arbitrage" / "completions.jsonl", "completions"):
+        teachers.setdefault(row["teacher"], []).append(right(row))
+        prompts.setdefault(row["id"], []).append(right(row))
+    single = {teacher: statistics.fmean(found) for teacher, found in teachers.items()}
+    routed = {name: statistics.fmean(map(right, read_rows(run / folder / "sft.jsonl", "completions")))
+              for name, folder in (("routed", "arbitrage"), ("fixed", "arbitrage-fixed"))}
+    return routed | {"random": statistics.fmean(map(statistics.fmean, prompts.values())),
+                     "oracle": statistics.fmean(map(any, prompts.values())),
+                     "single": single, "best_single": max(single.values())}
 
 
 def merged_and_parts(samples):
@@ -74,10 +78,11 @@ def claims(stages, parts, arbitrage, rounds):
     em = {s["name"]: s["exact_match"] for s in stages}
     win = {s["name"]: s["win_rate"]["sft"] for s in stages}
     final = f"online-{len(rounds)}"
+    routed, best_single, at_random = (arbitrage[k] for k in ("routed", "best_single", "random"))
     out = [("arbitrage data is more often right than the best single teacher's",
-            f"{arbitrage['routed']:.3f} against {arbitrage['best_single']:.3f}", arbitrage["routed"] > arbitrage["best_single"]),
+            f"{routed:.3f} against {best_single:.3f}", routed > best_single),
            ("arbitrage data is more often right than random routing's",
-            f"{arbitrage['routed']:.3f} against {arbitrage['random']:.3f}", arbitrage["routed"] > arbitrage["random"]),
+            f"{routed:.3f} against {at_random:.3f}", routed > at_random),
            ("SFT on it beats SFT on the best single teacher's data", f"{em['sft']:.3f} against {em['sft-single']:.3f}",
             em["sft"] > em["sft-single"]),
            ("offline DPO raises the win rate over SFT", f"{win['offline-dpo'][0]:.3f} [{win['offline-dpo'][1]:.3f}, "
@@ -91,7 +96,8 @@ def claims(stages, parts, arbitrage, rounds):
         out.append(("offline then online beats either alone", f"{win[final][0]:.3f} against offline "
                     f"{win['offline-dpo'][0]:.3f}, online {win['online-only'][0]:.3f}", win[final][0] > best))
     for name, (merged, mean) in parts.items():
-        out.append((f"the merge beats the mean of its parts ({name})", f"{merged:.3f} against {mean:.3f}", merged > mean))
+        out.append((f"the merge beats the mean of its parts ({name})",
+                    f"{merged:.3f} against {mean:.3f}", merged > mean))
     for r in rounds:
         out.append((f"best of K by the reward model is right more often than greedy (round {r['round']})",
                     f"{r['best_of_k']:.3f} against {r['greedy']:.3f}", r["best_of_k"] > r["greedy"]))
@@ -104,18 +110,20 @@ def markdown(results):
     lines = ["| stage | exact match | chrF++ | win rate against SFT | win rate against the best teacher | seconds |",
              "|---|---|---|---|---|---|"]
     for s in results["stages"]:
-        lines.append(f"| {s['name']} | {100 * s['exact_match']:.1f} | {s['chrfpp']:.1f} | {show(s['win_rate']['sft'])} | "
-                     f"{show(s['win_rate']['best_teacher'])} | {s['seconds']:.0f} |")
+        lines.append(f"| {s['name']} | {100 * s['exact_match']:.1f} | {s['chrfpp']:.1f} | "
+                     f"{show(s['win_rate']['sft'])} | {show(s['win_rate']['best_teacher'])} | {s['seconds']:.0f} |")
     a = results["arbitrage"]["accuracy"]
     lines += ["", "| arbitrage data, share of right answers | |", "|---|---|",
               *(f"| {t} | {100 * v:.1f} |" for t, v in a["single"].items()),
               *(f"| {k} | {100 * a[v]:.1f} |" for k, v in (("random routing", "random"), ("fixed routing", "fixed"),
                 ("**routed by the reward model**", "routed"), ("oracle", "oracle"))),
-              "", "| online round | greedy | best of K by the reward model | oracle of K | reward before | reward after | win rate against SFT after |",
+              "", "| online round | greedy | best of K by the reward model | oracle of K | "
+                  "reward before | reward after | win rate against SFT after |",
               "|---|---|---|---|---|---|---|"]
     for r in results["rounds"]:
-        lines.append(f"| {r['round']} | {100 * r['greedy']:.1f} | {100 * r['best_of_k']:.1f} | {100 * r['oracle']:.1f} | "
-                     f"{r['reward_before']:.2f} | {r['reward_after']:.2f} | {show(r['win_rate_sft'])} |")
+        lines.append(f"| {r['round']} | {100 * r['greedy']:.1f} | {100 * r['best_of_k']:.1f} | "
+                     f"{100 * r['oracle']:.1f} | {r['reward_before']:.2f} | {r['reward_after']:.2f} | "
+                     f"{show(r['win_rate_sft'])} |")
     lines += ["", "| claim | this run | holds |", "|---|---|---|",
               *(f"| {c['claim']} | {c['value']} | {'yes' if c['holds'] else '**no**'} |" for c in results["claims"])]
     languages = results["stages"][0]["per_language"]
@@ -152,19 +160,21 @@ def main(cfg):
     for name in ["base", *teachers, *(n for n in ORDER if n in samples)]:
         sft, by_language = win_rate(samples[name], samples["sft"])
         best, _ = win_rate(samples[name], samples[best_teacher])
+        overall = table[name]["all"]
         stages.append({
-            "name": name, "exact_match": table[name]["all"]["exact_match"], "chrfpp": table[name]["all"]["chrfpp"],
-            "win_rate": {"sft": sft, "best_teacher": best}, "reward": table[name]["all"].get("reward"),
-            "minimal_pairs": table[name]["all"]["minimal_pairs"], "language_match": table[name]["all"]["language_match"],
-            "seconds": seconds.get("teachers" if name in teachers else name, 0.0), "n": table[name]["all"]["n"],
+            "name": name, "exact_match": overall["exact_match"], "chrfpp": overall["chrfpp"],
+            "win_rate": {"sft": sft, "best_teacher": best}, "reward": overall.get("reward"),
+            "minimal_pairs": overall["minimal_pairs"], "language_match": overall["language_match"],
+            "seconds": seconds.get("teachers" if name in teachers else name, 0.0), "n": overall["n"],
             "per_language": {l: {k: v for k, v in t.items() if not k.endswith(("_stderr", "_interval"))}
                              | {"win_rate_sft": by_language.get(l)} for l, t in table[name].items() if l != "all"}})
     for r in rounds:
         after = f"online-{r['round']}"
         stage, before = (next(s for s in stages if s["name"] == n) for n in
                          (after, f"online-{r['round'] - 1}" if r["round"] > 1 else "offline-dpo"))
-        r |= {"reward_before": before["reward"], "reward_after": stage["reward"], "win_rate_sft": stage["win_rate"]["sft"], "pairs": sum(
-            1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))}
+        pairs = sum(1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))
+        r |= {"reward_before": before["reward"], "reward_after": stage["reward"],
+              "win_rate_sft": stage["win_rate"]["sft"], "pairs": pairs}
     parts = merged_and_parts(samples)
     accuracies = arbitrage_accuracy(run, references)
     results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),

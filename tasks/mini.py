@@ -5,7 +5,7 @@ The miniature's own benchmark: held-out items, one right answer each, in every l
     chrfpp          corpus chrF++ against the reference (tasks/flores.py)
     language_match  share of answers that a character n-gram model takes for the language asked for: language confusion
     minimal_pairs   share of items whose reference is likelier than a near miss (zero-shot discrimination, as in XCOPA)
-    reward          mean reward of the answers by a reward model (if eval.py is given one): to be watched, never to judge
+    reward          mean reward of the answers by a reward model (if eval.py is given one): to watch, never to judge
     win_rate        against another model: exact match decides, then chrF++; equal is half. The judge is the reference,
                     never the reward model that training climbs, so reward hacking would show.
 
@@ -100,7 +100,8 @@ def minimal_pairs(model, chat, rows, batch_size=128):
         near = [(why, text) for why, text in wrong(row["task"], x, row["language"], random.Random(row["id"]))
                 if why in ("wrong_plural", "wrong_direction", "one_digit_off", "wrong_unit")]
         if near:
-            jobs.append((i, encode_row(chat, row["prompt"], row["reference"]), encode_row(chat, row["prompt"], near[0][1])))
+            jobs.append((i, encode_row(chat, row["prompt"], row["reference"]),
+                         encode_row(chat, row["prompt"], near[0][1])))
     jobs.sort(key=lambda job: len(job[1].ids))
     for begin in range(0, len(jobs), batch_size):
         batch = jobs[begin:begin + batch_size]
@@ -122,7 +123,8 @@ def per_language(samples, pairs, baselines, identify):
     for name, other in baselines.items():
         theirs = {s["id"]: s["completion"] for s in other}
         for s in samples:
-            s[f"win_rate_{name}"] = judge(s["completion"], theirs[s["id"]], s["reference"]) if s["id"] in theirs else None
+            answered = s["id"] in theirs
+            s[f"win_rate_{name}"] = judge(s["completion"], theirs[s["id"]], s["reference"]) if answered else None
     table = {}
     for language in ["all", *dict.fromkeys(s["language"] for s in samples)]:
         at = [s for s in samples if language in ("all", s["language"])]
@@ -142,8 +144,8 @@ def per_language(samples, pairs, baselines, identify):
 
 def run(model, chat, rows, baselines, score=None):
     """
-    Everything above for one model: -> (samples, {language: metrics}). `score`: [(prompt, completion)] -> rewards; with it
-    the reward of the answers is reported too, to be watched beside the win rate.
+    Everything above for one model: -> (samples, {language: metrics}). `score`: [(prompt, completion)] -> rewards; with
+    it the reward of the answers is reported too, to be watched beside the win rate.
     """
     samples = answer(model, chat, rows)
     if score:

@@ -211,6 +211,10 @@ def test_atomic_file_appears_whole(tmp_path):
         f.flush()
         assert path.read_bytes() == "été 🌍\n".encode()
     assert path.read_bytes() == b"\x00\xff" and names(path.parent) == ["rows.jsonl"]
+    with open(path, "rb") as reader:  # who is reading the old file reads it to its end
+        with atomic_file(path) as f:
+            f.write("new")
+        assert reader.read() == b"\x00\xff" and path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit("error: row 3")])

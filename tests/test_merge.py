@@ -493,15 +493,17 @@ def test_report_without_a_base_and_without_a_delta(family):
 
 
 def test_header_is_as_the_format_says(family):
-    """Little-endian length, JSON padded to 8, data without holes, and a file that is exactly as long as it says."""
-    run(family / "out", [family / "c"])
+    """Little-endian length, JSON padded to 8, data without holes and aligned, a file exactly as long as it says."""
+    a = read(family / "a")
+    mixed = write(family / "mixed", {"model.a": torch.ones(3, dtype=torch.bfloat16), "model.b": torch.ones(2), **a})
+    run(family / "out", [mixed])
     raw = (family / "out" / "model.safetensors").read_bytes()
     n = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:8 + n])
     assert n % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
     at = 0
     for entry in header.values():
-        assert entry["data_offsets"][0] == at
+        assert entry["data_offsets"][0] == at and at % {"BF16": 2, "F32": 4}[entry["dtype"]] == 0
         at = entry["data_offsets"][1]
     assert len(raw) == 8 + n + at
 
@@ -573,7 +575,8 @@ def test_spellings_of_config_that_mean_the_same(family):
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "dtype": "bfloat16", "use_qk_norm": False,
         "transformers_version": "5.0", "tie_word_embeddings": True, "head_dim": 4, "attention_bias": False,
         "rope_scaling": None, "eos_token_id": 7, "max_position_embeddings": 131072, "use_cache": False})
-    assert run(family / "out", [family / "a", new])
+    both = write(family / "both", read(family / "a"), config={"rope_parameters": {"rope_theta": 10000.0}})
+    assert run(family / "out", [family / "a", new, both])
     linear = [write(family / f"s{i}", read(family / "a"), config=c) for i, c in enumerate((
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}))]
@@ -693,6 +696,7 @@ def test_existing_output(family):
     assert sorted(p.name for p in family.iterdir()) == ["a", "b", "base", "c", "out"]
     refused("exists", family / "c", [family / "a", family / "b"], overwrite=True)  # no merge: not ours to replace
     refused("one of the models", family / "a", [family / "a", family / "b"], overwrite=True)
+    refused("one of the models", family / "b" / ".." / "a", [family / "a", family / "b"], overwrite=True)
     refused("one of the models", family, [family / "a", family / "b"], overwrite=True)
     refused("exists", family / "out", [family / "a", write(family / "bad", {"model.w": torch.ones(1)})])
     same_bits(read(family / "out"), after)

@@ -1,14 +1,16 @@
 """
 What the tests share: a checkpoint of 13 thousand parameters with its tokenizer, rows to train on, and scripts run as a
-user runs them. As a program it runs several scripts one after another in one process group, since most of the time of a
-tiny run goes into starting Python:
+user runs them. As a program it runs scripts one after another, on 1, 2 or 4 ranks, without starting Python anew for each
+rank and script (most of the time of a tiny run): it forks after the imports, with the variables that torchrun sets.
 
-    torchrun --nproc_per_node=2 tests/tiny.py jobs.json        # [[grads file or "", "train_sft.py", "--model", ...], ...]
+    python tests/tiny.py jobs.json      # [[ranks, [[grads file or "", "train_sft.py", "--model", ...], ...]], ...]
 """
 
 import json
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +69,11 @@ def script(*words, ranks=1, cwd=ROOT, check=True):
     return done
 
 
-def jobs(path, todo, ranks):
-    """Runs [[grads file or "", script, *flags], ...] on `ranks` processes, one start for all of them."""
-    Path(path).write_text(json.dumps([[str(w) for w in words] for words in todo]), encoding="utf-8")
-    return script(ROOT / "tests" / "tiny.py", path, ranks=ranks)
+def jobs(path, todo):
+    """{ranks: [[grads file or "", script, *flags], ...]}: every list one after another on that many processes."""
+    todo = [[ranks, [[str(w) for w in words] for words in commands]] for ranks, commands in todo.items()]
+    Path(path).write_text(json.dumps(todo), encoding="utf-8")
+    return script(ROOT / "tests" / "tiny.py", path)
 
 
 def keep_gradients(path):
@@ -87,12 +90,47 @@ def keep_gradients(path):
     step.plain, common.optimizer_step = plain, step
 
 
+def run_scripts(commands):
+    for grads, name, *flags in commands:
+        keep_gradients(grads)
+        sys.argv[:] = [name, *flags]
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def fork(ranks, commands):
+    """Runs the commands on this many forked processes; if one fails, the others are ended and this one exits."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        sys.stdout.flush()
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                run_scripts(commands)
+                if torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()
+                code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            raise SystemExit(f"a rank of {ranks} failed")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for grads, name, *flags in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        keep_gradients(grads)
-        sys.argv[1:] = flags
-        sys.argv[0] = name
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    for ranks, commands in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        fork(ranks, commands)
