@@ -11,8 +11,8 @@ mean reward on the first --fixed_on prompts; `single` takes the one teacher with
 `random` draws one per prompt. Rewards are compared only within a prompt, except for those means, which compare teachers
 on the same prompts.
 
-python arbitrage.py --prompts out/mini/data/arbitrage.jsonl --teachers out/mini/teacher-*/ --out /tmp/arbitrage
-python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router random --out /tmp/random
+python arbitrage.py --prompts out/mini/data/arbitrage.jsonl --teachers out/mini/teacher-*/ --out out/my-arbitrage
+python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router random --out out/my-random
 """
 
 import json

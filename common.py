@@ -189,13 +189,16 @@ def wrap(model):
 def unsharded(model):
     """
     Full weights on every rank for a while: sampling runs different numbers of forwards on different ranks, and sharded
-    forwards that do not match would wait for each other forever. Weights must not be updated inside.
+    forwards that do not match would wait for each other forever. Weights must not be updated inside. A model that was
+    never wrapped (a teacher, a reward model) is whole on every rank already.
     """
-    if world() == 1:
+    parts = []
+    if world() > 1:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if not parts:
         yield model
         return
-    from torch.distributed.fsdp import FSDPModule
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     model._get_fsdp_state()._lazy_init()  # sampling enters at the blocks: the first to run would make itself the root
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
@@ -341,6 +344,7 @@ def atomic_dir(path):
             for file in partial.rglob("*"):
                 if file.is_file():
                     _fsync(file)
+            _fsync(partial)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.rename(path, old)  # a rename cannot replace a folder that holds files

@@ -1,8 +1,8 @@
 """
 Evaluation: runs benchmarks of tasks/ on a checkpoint, per language, and writes what was scored and how.
 
-python eval.py --model out/mini/final --tasks mini --data out/mini/data --out /tmp/eval
-python eval.py --model out/mini/final --tasks mini --data out/mini/data --out /tmp/eval --baseline out/mini/eval/sft
+python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval
+python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval --baseline out/mini/eval/sft
 
 --baseline takes result folders of earlier evaluations; their samples are what win rates are judged against, under the
 folder's name. OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}) and

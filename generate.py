@@ -5,11 +5,12 @@ Prompts of similar length share a batch; the K samples of a prompt share its pre
 batch. Each token is drawn by inverse transform from one uniform number that depends only on (seed, prompt, sample,
 position), so neither batch size nor order nor the number of ranks changes what is drawn.
 
-python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out /tmp/completions.jsonl
+python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out out/my-completions.jsonl
 python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k.jsonl --samples 8 --temperature 0.8
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def main(cfg):
     if not rows:
         die(f"{cfg.prompts} holds no prompt in {' '.join(cfg.languages)}")
     done = complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
-                    cfg.batch_size, cfg.model)
+                    cfg.batch_size, Path(cfg.model).name)
     cut_off = sum(not row["ended"] for row in done)
     if common.is_main():
         write_rows(cfg.out, done)

@@ -4,8 +4,8 @@ language clusters, and checkpoints of one run. Its choice is the weighted averag
 arXiv 2203.05482). SLERP (Shoemake 1985), TIES (Yadav et al. 2023, arXiv 2306.01708) and DARE-TIES (Yu et al. 2023,
 arXiv 2311.03099) are here to compare. OUT/merge_report.json says how far each model moved, and how much they agree.
 
-python merge.py --models out/mini/a out/mini/b --weights 1 2 --out out/mini/merged
-python merge.py --method ties --models out/mini/a out/mini/b --base out/mini/sft --density 0.2 --out out/mini/ties
+python merge.py --models out/mini/sft-west out/mini/sft-east --weights 1 2 --out out/my-merged
+python merge.py --method ties --models out/mini/sft-west out/mini/sft-east --base out/mini/base --density 0.2 --out out/my-ties
 """
 
 import hashlib

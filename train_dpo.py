@@ -6,7 +6,7 @@ samples --samples completions per prompt from the current policy on fresh prompt
 the worst, ties are dropped, and the policy at the start of the round is the reference. Aya Expanse runs the first once
 and the second three times. Both go through the same loop below: an online round only makes its own pairs first.
 
-python train_dpo.py --model out/mini/sft --pairs out/mini/arbitrage/pairs.jsonl --out /tmp/dpo
+python train_dpo.py --model out/mini/sft --pairs out/mini/arbitrage/pairs.jsonl --out out/my-dpo
 torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --out DIR
 
 What to watch: `margins` and `accuracies` rise. The *chosen* log-probability may well fall while training works: DPO

@@ -6,7 +6,7 @@ The reward model: a causal model with a scalar head, trained so that `chosen` sc
 The second term keeps the language model inside the reward model: it makes the head generalise (GRM, Yang et al. 2024,
 https://arxiv.org/abs/2406.10216), and the reward uses its log-probabilities (reward.py says how).
 
-python train_rm.py --model out/mini/teachers-merged --pairs out/mini/rm/pairs.jsonl --out /tmp/rm
+python train_rm.py --model out/mini/rm-base --pairs out/mini/rm-pairs/pairs.jsonl --out out/my-rm
 torchrun --nproc_per_node=8 train_rm.py --model DIR --pairs F.jsonl --out DIR
 """
 
@@ -25,8 +25,8 @@ from reward import new_reward_model, write_reward_model
 
 @dataclass
 class Config:
-    model: str = "out/mini/teachers"  # causal checkpoint the reward model starts from
-    pairs: str = "out/mini/rm/pairs.jsonl"  # preference rows
+    model: str = "out/mini/rm-base"  # causal checkpoint the reward model starts from
+    pairs: str = "out/mini/rm-pairs/pairs.jsonl"  # preference rows
     out: str = "out/mini/rm-run"  # folder to write
     lm_weight: float = 0.3  # weight of the language-model loss on the chosen completion
     batch_size: int = 64  # pairs per optimizer step, over all ranks

@@ -4,7 +4,7 @@ Supervised fine-tuning: the next token of the completion, with the prompt as con
 The recipe uses it three times: for the base model (a stand-in for pretraining), for the teachers of each language
 cluster, and for the student on the completions that arbitrage chose (Aya Expanse: https://arxiv.org/abs/2412.04261).
 
-python train_sft.py --model out/mini/base --data out/mini/arbitrage/sft.jsonl --out /tmp/sft         # one process
+python train_sft.py --model out/mini/base --data out/mini/arbitrage/sft.jsonl --out out/my-sft         # one process
 torchrun --nproc_per_node=8 train_sft.py --model DIR --data a.jsonl:0.9 b.jsonl:0.1 --out DIR        # 8 GPUs, FSDP
 """
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from ._triton import TensorDescriptor, tl, triton, use_triton
 
-# Tiles for an H100 or H200: (queries, keys, warps, stages) for each D in 16 bits; nothing is tuned at start-up. fp32 has no
-# tensor cores here (its products are exact, not TF32), so its tiles are small.
+# Tiles for an H100 or H200: (queries, keys, warps, stages) for each D in 16 bits; nothing is tuned at start-up. In fp32 each
+# product is three of TF32 (tf32x3 below), nearly exact and rarely needed, so its tiles are small.
 TILES = {
     "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
     "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
@@ -125,7 +125,7 @@ def _attention_forward(
             j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
             k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
-            s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+            s, _ = _score(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, SOFTCAP)
             if edge:
                 sees = j[None, :] <= m[:, None] + (Tk - Tq)
                 if HAS_FIRST:
@@ -137,7 +137,7 @@ def _attention_forward(
             p = tl.exp2(s - new_top[:, None])
             rescale = tl.exp2(top - new_top)
             total = total * rescale + tl.sum(p, 1)
-            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
             top = new_top
     nothing = total == 0.0  # a query that saw no key: zeros, and a log-sum-exp that makes its weights 0 in the backward
     _store(out_rows, b, h, m0, acc / tl.where(nothing, 1.0, total)[:, None])
@@ -170,8 +170,8 @@ def _attention_dq(
             j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
             k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
-            s, slope = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
-            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            s, slope = _score(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, SOFTCAP)
+            dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
             ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None]) * slope
             if edge:
                 sees = j[None, :] <= m[:, None] + (Tk - Tq)
@@ -179,7 +179,7 @@ def _attention_dq(
                     sees &= j[None, :] >= first[:, None]
                     k = _finite(k)
                 ds = tl.where(sees, ds, 0.0)
-            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            dq += tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
     _store(dq_rows, b, h, m0, dq * scale)
 
 
@@ -210,9 +210,9 @@ def _attention_dkdv(
                 q, dout = _load(q_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
                 lse = tl.load(lse_ptr + row + m, mask=m < Tq, other=float("inf"))
                 delta = tl.load(delta_ptr + row + m, mask=m < Tq, other=0.0)
-                s, slope = _score(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, SOFTCAP)  # S^T: (BN, BM)
+                s, slope = _score(tl.dot(k, tl.trans(q), input_precision="tf32x3"), scale, SOFTCAP)  # S^T: (BN, BM)
                 p = tl.exp2(s - lse[None, :])
-                dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+                dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
                 ds = p * (dp - delta[None, :]) * slope
                 if edge:
                     sees = j[:, None] <= m[None, :] + shift
@@ -221,8 +221,8 @@ def _attention_dkdv(
                         p += delta[None, :] * 0.0  # NaN in dout goes to the values it should, though not by the matmul
                         q, dout = _finite(q), _finite(dout)
                     p, ds = tl.where(sees, p, 0.0), tl.where(sees, ds, 0.0)
-                dv += tl.dot(p.to(dout.dtype), dout, input_precision="ieee")
-                dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+                dv += tl.dot(p.to(dout.dtype), dout, input_precision="tf32x3")
+                dk += tl.dot(ds.to(q.dtype), q, input_precision="tf32x3")
     _store(dk_rows, b, h_kv, n0, dk * scale)
     _store(dv_rows, b, h_kv, n0, dv)
 

@@ -74,7 +74,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         C = x.shape[-1]
-        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x)
         mean, rstd = torch.empty((2, x.numel() // C), dtype=torch.float32, device=x.device)
         _layernorm_forward[(len(mean),)](
             x, weight, y, mean, rstd, eps, C=C, BLOCK=triton.next_power_of_2(C), num_warps=NUM_WARPS
@@ -98,5 +99,5 @@ def layernorm(x, weight, eps):
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must be x's last axis, x is {tuple(x.shape)}")
     if use_triton(x):
-        return _LayerNorm.apply(x, weight.contiguous(), eps)
+        return _LayerNorm.apply(x, weight, eps)
     return _layernorm_cpu(x, weight, eps)

@@ -46,8 +46,8 @@ def accuracy(samples, ids=None):
 
 def arbitrage_accuracy(run, references):
     """
-    Share of right answers in the data of each router; of every single teacher; of random routing (its expectation); and of
-    an oracle that sees the references.
+    Share of right answers in the data of each router; of every single teacher; of random routing (its expectation); and
+    of an oracle that sees the references.
     """
     right = lambda row: normal(row["completion"]) == references[row["id"]]
     teachers, prompts = {}, {}

@@ -19,6 +19,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+from common import die
 from data import encode_row, pad_batch
 from generate import complete
 from mini.items import DEFAULT_TASKS, WrongAnswers, load_items
@@ -147,6 +148,9 @@ def run(model, chat, rows, baselines, score=None):
     Everything above for one model: -> (samples, {language: metrics}). `score`: [(prompt, completion)] -> rewards; with
     it the reward of the answers is reported too, to be watched beside the win rate.
     """
+    for row in rows:
+        if lost := [key for key in ("task", "reference") if key not in row]:
+            die(f"the row {row['id']!r} has no {lost[0]!r}: {FILE} needs id, language, task, prompt and reference")
     samples = answer(model, chat, rows)
     if score:
         at = side_rows(samples)

@@ -12,7 +12,8 @@ if INTERPRETED:
 
 def mend_interpreter():
     """The interpreter keeps bf16 as uint16 bit patterns, and silently multiplies the patterns in tl.dot and truncates fp32
-    to bf16 where a GPU rounds to nearest even. Also lets loops have runtime bounds in triton 3.6 with numpy >= 2.4.
+    to bf16 where a GPU rounds to nearest even. Loops with a runtime bound fail in triton 3.6 with numpy >= 2.4. And every
+    call of one jitted function by another patches triton.language anew, which takes most of the time: once is enough.
 
     Private API, the same in triton 3.6 and 3.9; test_kernels.py::test_interpreter_is_mended notices if it moves.
     """
@@ -44,6 +45,15 @@ def mend_interpreter():
         plain_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch

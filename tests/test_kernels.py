@@ -20,8 +20,9 @@ import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-STEP = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 1e-12}  # one rounding, relative
+STEP = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 1e-12}  # one rounding, relative
 PATHS = ["triton", "cpu"]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter: log of 0, NaN on purpose
 
 
 def module(op):
@@ -50,7 +51,8 @@ def check(function, definition, eager, inputs, dtype, device):
     exact = run(definition, inputs, torch.float64, "cpu")
     for i, (ours, plain, true) in enumerate(zip(*(run(f, inputs, dtype, device) for f in (function, eager)), exact)):
         assert ours.shape == true.shape
-        error, allowed = (ours - true).abs().max(), 2 * (plain - true).abs().max() + STEP[dtype] * true.abs().max()
+        largest = true.abs().max().clamp(min=1)  # inputs are about 1, so where the truth is 0, rounding is about 1e-7
+        error, allowed = (ours - true).abs().max(), 2 * (plain - true).abs().max() + STEP[dtype] * largest
         assert error <= allowed, f"output or gradient {i}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -59,7 +61,7 @@ def check(function, definition, eager, inputs, dtype, device):
 
 def swiglu_case(file, path, shape=(3, 5, 129)):
     function = file._SwiGLU.apply if path == "triton" else kernels.swiglu
-    return function, file.swiglu_reference, lambda g, u: F.silu(g) * u, [3 * randn(*shape), randn(*shape, seed=1)]
+    return function, module("swiglu").swiglu_reference, lambda g, u: F.silu(g) * u, [3 * randn(*shape), randn(*shape, seed=1)]
 
 
 def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True):
@@ -79,14 +81,14 @@ def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True):
 
     rope = file._Rope.apply if path == "triton" else kernels.rope
     inputs = [randn(B, T, H, D), randn(B, T, Hkv, D, seed=1)]
-    return lambda q, k: rope(q, k, *table(q)), both(file.rope_reference), both(plain), inputs
+    return lambda q, k: rope(q, k, *table(q)), both(module("rope").rope_reference), both(plain), inputs
 
 
 def layernorm_case(file, path, rows=13, C=129):
     function = file._LayerNorm.apply if path == "triton" else kernels.layernorm
     return (
         lambda x, w: function(x, w, 1e-5),
-        lambda x, w: file.layernorm_reference(x, w, 1e-5),
+        lambda x, w: module("layernorm").layernorm_reference(x, w, 1e-5),
         lambda x, w: F.layer_norm(x, (C,), w, None, 1e-5),
         [2 * randn(rows, C) + 1, randn(C, seed=1)],
     )
@@ -98,8 +100,10 @@ def starts(T, *lengths):
     return firsts[torch.searchsorted(firsts, torch.arange(T), right=True) - 1]
 
 
-def attention_case(file, path, B=2, Tq=75, Tk=75, H=2, Hkv=1, D=16, docs=(), window=None, softcap=None, scale=None):
-    doc_start = torch.stack([starts(Tk, *docs[i % len(docs)]) for i in range(B)]) if docs else None
+def attention_case(
+    file, path, B=1, Tq=60, Tk=60, H=2, Hkv=1, D=16, docs=(), pad=0, window=None, softcap=None, scale=None
+):
+    doc_start = torch.stack([starts(Tk, *docs[i]) for i in range(B)]).clamp(min=pad) if docs else None
 
     def positional(q):
         return (None if docs == () else doc_start.to(q.device)), window, softcap, scale or D**-0.5
@@ -109,13 +113,13 @@ def attention_case(file, path, B=2, Tq=75, Tk=75, H=2, Hkv=1, D=16, docs=(), win
         scores = q.transpose(1, 2) @ k.transpose(-1, -2) * (scale or D**-0.5)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        mask = file.visible(Tq, Tk, positional(q)[0], window, q.device)
+        mask = module("attention").visible(Tq, Tk, positional(q)[0], window, q.device)
         return (scores.masked_fill(~mask, -1e4).softmax(-1) * mask @ v).transpose(1, 2)
 
     attend = file._Attention.apply if path == "triton" else kernels.attention
     inputs = [2 * randn(B, Tq, H, D), 2 * randn(B, Tk, Hkv, D, seed=1), randn(B, Tk, Hkv, D, seed=2)]
-    definition = lambda q, k, v: file.attention_reference(q, k, v, *positional(q))  # noqa: E731
-    return lambda q, k, v: attend(q, k, v, *positional(q)), definition, plain, inputs
+    define = module("attention").attention_reference
+    return lambda q, k, v: attend(q, k, v, *positional(q)), lambda q, k, v: define(q, k, v, *positional(q)), plain, inputs
 
 
 def token_logps_case(file, path, N=13, C=16, V=300, logit_scale=0.25, size=8.0):
@@ -128,7 +132,7 @@ def token_logps_case(file, path, N=13, C=16, V=300, logit_scale=0.25, size=8.0):
 
     return (
         lambda h, w: function(h, w, targets.to(h.device), logit_scale),
-        lambda h, w: file.token_logps_reference(h, w, targets, logit_scale),
+        lambda h, w: module("token_logps").token_logps_reference(h, w, targets, logit_scale),
         plain,
         [size * randn(N, C), randn(V, C, seed=1)],
     )
@@ -197,44 +201,52 @@ def test_layernorm(triton_device, small_tiles, path, dtype, rows, C):
 
 ATTENTION = {
     "causal": {},
-    "one token": dict(B=1, Tq=1, Tk=1),
-    "groups": dict(Tq=40, Tk=40, H=6, Hkv=2),
-    "decode": dict(Tq=1, Tk=70, H=4, Hkv=2),
-    "last few": dict(Tq=37, Tk=75, docs=((20, 30, 25), (75,))),
-    "documents": dict(docs=((1, 1, 1, 29, 32, 11), (75,)), D=32),
-    "padded left": dict(docs=((-40, 75), (0, 75))),  # no query sees the first 40 keys, and the first 40 see nothing
-    "window": dict(window=20, Tk=129, Tq=129, B=1),
-    "all": dict(docs=((50, 25), (3, 72)), window=33, softcap=2.0, scale=0.4),
+    "one token": dict(Tq=1, Tk=1),
+    "groups": dict(Tq=35, Tk=35, H=6, Hkv=2),
+    "decode": dict(B=2, Tq=1, Tk=70, H=4, Hkv=2),
+    "last few": dict(B=2, Tq=37, docs=((20, 30, 10), (60,))),
+    "documents": dict(B=2, docs=((1, 1, 1, 29, 12, 16), (60,)), D=32),
+    "padded left": dict(docs=((60,),), pad=20),  # no query sees the first 20 keys, and the first 20 see nothing
+    "window": dict(window=20, Tq=129, Tk=129, H=1),
+    "all": dict(B=2, docs=((50, 10), (3, 57)), window=33, softcap=2.0, scale=0.4),
 }
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(triton_device, small_tiles, path, dtype, name):
+def test_attention(triton_device, small_tiles, path, name):
+    case = attention_case(small_tiles("attention", module("attention")), path, **ATTENTION[name])
+    check(*case, torch.float32, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "all"])
+def test_attention_in_16_bits(triton_device, small_tiles, path, dtype, name):
     case = attention_case(small_tiles("attention", module("attention")), path, **ATTENTION[name])
     check(*case, dtype, triton_device if path == "triton" else "cpu")
 
 
 def test_attention_with_its_real_tiles(triton_device):
-    case = attention_case(module("attention"), "triton", B=1, Tq=300, Tk=300, H=1, docs=((129, 1, 127, 43),), D=128)
+    case = attention_case(module("attention"), "triton", Tq=300, Tk=300, H=1, docs=((129, 1, 127, 43),), D=128)
     check(*case, torch.bfloat16, triton_device)
 
 
 def test_attention_of_long_rows_on_cpu():
-    check(*attention_case(module("attention"), "cpu", B=1, Tq=257, Tk=257), torch.float32, "cpu")  # PyTorch's own SDPA
+    check(*attention_case(module("attention"), "cpu", Tq=257, Tk=257), torch.float32, "cpu")  # PyTorch's own SDPA
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 16, 129), (13, 16, 300), (127, 8, 127)])
+@pytest.mark.parametrize("sizes", [(1, 16, 129), (13, 16, 300), (35, 8, 127)])
 def test_token_logps(triton_device, small_tiles, path, dtype, sizes):
     case = token_logps_case(small_tiles("token_logps", module("token_logps")), path, *sizes)
     check(*case, dtype, triton_device if path == "triton" else "cpu")
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_token_logps_at_256k_words_and_large_logits(triton_device, path):
+def test_token_logps_at_256k_words_and_large_logits(triton_device, monkeypatch, path):
+    monkeypatch.setattr(module("token_logps"), "BLOCK", 2**16)
     case = token_logps_case(module("token_logps"), path, N=3, C=16, V=256_000, logit_scale=1.0, size=100.0)
     check(*case, torch.float32, triton_device if path == "triton" else "cpu")
 
@@ -251,32 +263,31 @@ def test_token_logps_keeps_or_recomputes_the_same(small_tiles):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_nan_stays_in_its_document(triton_device, small_tiles, path):
-    function, _, _, inputs = attention_case(
-        small_tiles("attention", module("attention")), path, docs=((25, 25, 25), (75,)), softcap=20.0
-    )
+    attention = small_tiles("attention", module("attention"))
+    function, _, _, inputs = attention_case(attention, path, docs=((20, 20, 20),), softcap=20.0)
     device = triton_device if path == "triton" else "cpu"
     clean = run(function, inputs, torch.float32, device)
-    for bad in range(3):  # q, k or v
+    for bad, seen in [(0, 25), (1, 35), (2, 35)]:  # in q it spoils one row of the output; in k or v every later row too
         spoilt = [x.clone() for x in inputs]
-        spoilt[bad][0, 30, 0, 3] = float("nan")
-        spoilt[bad][0, 40, 0, 5] = float("inf")
+        spoilt[bad][0, 25, 0, 3] = float("nan")
+        spoilt[bad][0, 30, 0, 5] = float("inf")
         leaves = [x.to(device, torch.float32).requires_grad_() for x in spoilt]
         out = function(*leaves)
         grads = torch.autograd.grad(out, leaves, randn(*out.shape).to(device, torch.float32))
+        assert out[0, seen].isnan().any(), "who sees a NaN must not hide it"
         for ours, expected in zip((out, *grads), clean):
             ours = ours.detach().double().cpu()
-            others = torch.cat([ours[0, :25], ours[0, 50:], ours[1]])
-            assert torch.allclose(others, torch.cat([expected[0, :25], expected[0, 50:], expected[1]]), atol=1e-5)
-        assert out[0, 45].isnan().any(), "who sees a NaN must not hide it"
+            for other in (slice(0, 20), slice(40, 60)):
+                assert torch.allclose(ours[0, other], expected[0, other], atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_packed_documents_equal_separate_ones(triton_device, path):
-    function, _, _, (q, k, v) = attention_case(module("attention"), path, B=1, docs=((1, 40, 34),))
-    alone = attention_case(module("attention"), path, B=1)[0]
+    function, _, _, (q, k, v) = attention_case(module("attention"), path, docs=((1, 40, 19),))
+    alone = attention_case(module("attention"), path)[0]
     device = triton_device if path == "triton" else "cpu"
     packed = run(function, [q, k, v], torch.float32, device)[0]
-    for start, end in [(0, 1), (1, 41), (41, 75)]:
+    for start, end in [(0, 1), (1, 41), (41, 60)]:
         one = run(alone, [x[:, start:end] for x in (q, k, v)], torch.float32, device)[0]
         assert torch.allclose(packed[:, start:end], one, atol=1e-5)
 
@@ -324,7 +335,7 @@ def test_strided_inputs_and_repeatable_gradients(triton_device, small_tiles, pat
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_the_cpu_path(small_tiles, op):
     function, definition, _, inputs = OPS[op](small_tiles(op, module(op)), "cpu", **dict(attention=dict(
-        Tq=6, Tk=9, docs=((2, 4, 3), (9,)), softcap=3.0, D=4), layernorm=dict(rows=3, C=7), swiglu=dict(shape=(2, 5)),
+        Tq=5, Tk=5, docs=((2, 3),), softcap=3.0, D=2), layernorm=dict(rows=3, C=7), swiglu=dict(shape=(2, 5)),
         rope=dict(T=2, D=4), token_logps=dict(C=4, V=9))[op])  # fmt: skip
     leaves = [x.clone().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(function, leaves)
@@ -381,11 +392,11 @@ MUTANTS = [
     ("attention", "the diagonal is masked", "j[None, :] <= m[:, None] + (Tk - Tq)", "j[None, :] < m[:, None] + (Tk - Tq)", {}),
     ("attention", "queries taken for the first ones", "j[None, :] <= m[:, None] + (Tk - Tq)", "j[None, :] <= m[:, None]",
      dict(Tq=37)),
-    ("attention", "documents see each other", "sees &= j[None, :] >= first[:, None]", "pass", dict(docs=((20, 55),))),
-    ("attention", "dk, dv: a document's end off by one", "m[None, :] < end", "m[None, :] <= end", dict(docs=((20, 55),))),
-    ("attention", "dk, dv: end found one early", "right=True", "right=False", dict(docs=((20, 55),))),
+    ("attention", "documents see each other", "sees &= j[None, :] >= first[:, None]", "pass", dict(docs=((20, 40),))),
+    ("attention", "dk, dv: a document's end off by one", "m[None, :] < end", "m[None, :] <= end", dict(docs=((20, 40),))),
+    ("attention", "dk, dv: end found one early", "right=True", "right=False", dict(docs=((20, 40),))),
     ("attention", "window one key wider", "(window - 1)", "window", dict(window=20)),
-    ("attention", "tiles at the edge counted wrong", "x < inner, 0", "x <= inner, 0", dict(docs=((20, 55),))),
+    ("attention", "tiles at the edge counted wrong", "x < inner, 0", "x <= inner, 0", {}),
     ("attention", "heads of a group scattered", "h // G", "h % (H // G)", dict(H=4, Hkv=2)),
     ("attention", "no rescaling when the maximum grows", "acc * rescale[:, None]", "acc", {}),
     ("attention", "dS without delta", "(dp - delta[:, None])", "dp", {}),
@@ -394,10 +405,10 @@ MUTANTS = [
     ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
     ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
     ("token_logps", "slices not joined", "high + tl.log(tl.exp(lse - high) + tl.exp(slice_lse - high))", "slice_lse", {}),
-    ("token_logps", "words past the end counted", 'mask=col < V, other=-float("inf")', "mask=col < V, other=0.0", {}),
+    ("token_logps", "words past the end counted", 'mask=col < V, other=-float("inf")', "mask=col < V, other=0.0", dict(size=0.5)),
     ("token_logps", "logit_scale missing in the gradient", "(g_ptr + row) * logit_scale", "(g_ptr + row)", {}),
     ("token_logps", "dhidden of the last slice only", "dhidden += ", "dhidden = ", {}),
-    ("token_logps", "largest logit not subtracted", "tl.maximum(top, tl.max(z, axis=0))", "0.0", dict(size=500.0)),
+    ("token_logps", "largest logit not subtracted", "tl.maximum(top, tl.max(z, axis=0))", "0.0", dict(size=60.0)),
 ]  # fmt: skip
 
 

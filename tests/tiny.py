@@ -64,7 +64,7 @@ def script(*words, ranks=1, cwd=ROOT, check=True):
     """Runs `script.py --flags` from the repository root under this Python, or torchrun; -> CompletedProcess with text."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run([*(launcher if ranks > 1 else [sys.executable]), *map(str, words)], cwd=cwd, env=environment(),
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
