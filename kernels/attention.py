@@ -18,15 +18,13 @@ import torch.nn.functional as F
 
 from ._triton import TensorDescriptor, tl, triton, use_triton
 
-# Tiles for an H100 or H200: (queries, keys, warps, stages) for each D in 16 bits; nothing is tuned at start-up. In fp32 each
-# product is three of TF32 (tf32x3 below), nearly exact and rarely needed, so its tiles are small.
+# Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of a row of one head: 256 is D = 128 in 16 bits.
+# Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
 TILES = {
-    "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-    "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+    "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (128, 32, 8, 2), 1024: (32, 32, 4, 1)},
+    "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 4, 1)},
+    "dkdv": {128: (64, 128, 8, 2), 256: (32, 128, 8, 2), 512: (16, 64, 8, 2), 1024: (16, 32, 4, 1)},
 }
-for _tile in TILES.values():
-    _tile["fp32"] = (32, 32, 4, 1)
 
 
 def visible(Tq, Tk, doc_start, window, device):
@@ -228,7 +226,7 @@ def _attention_dkdv(
 
 
 def _tiles(kernel, D, dtype):
-    return TILES[kernel][D if dtype.itemsize == 2 else "fp32"]
+    return TILES[kernel][max(D * dtype.itemsize, 128)]
 
 
 def _joined(x):

@@ -3,7 +3,7 @@ Arbitrage: which teacher answers which prompt, on rows small enough to route by 
 
     python -m pytest tests/test_arbitrage.py
 
-`test_wrong_routers_are_seen` swaps routers and breaks what counts as usable in five ways: each changes a hand-made answer.
+`test_wrong_routers_are_seen` swaps routers and breaks what counts as usable: five mutants, each changes a known answer.
 """
 
 import collections
@@ -11,14 +11,15 @@ import json
 
 import pytest
 
-import arbitrage
 import tiny
 from arbitrage import ROUTERS, Config, by_prompt, main, mean_rewards, preference_rows, route
+from common import atomic_dir
 from data import Chat
 from generate import complete
 from model import load
 from reward import load_reward_model, new_reward_model, score, write_reward_model
 
+cpu = tiny.cpu
 #        id    language  {teacher: reward}; * cut off, "" empty
 TABLE = [("a", "en", {"north": 1.0, "south": 3.0, "west": 2.0}),
          ("b", "en", {"north": 5.0, "south": 4.0, "west": 0.0}),
@@ -34,8 +35,8 @@ EMPTY = {("g", "south")}
 
 def completions():
     """The table as arbitrage would have written it: teacher by teacher."""
-    return [{"id": i, "language": language, "prompt": f"prompt {i}", "completion": "  " if (i, t) in EMPTY else f"{t} {i}",
-             "teacher": t, "sample": 0, "ended": (i, t) not in CUT_OFF, "reward": rewards[t]}
+    return [{"id": i, "language": language, "prompt": f"prompt {i}", "teacher": t, "sample": 0, "reward": rewards[t],
+             "completion": "  " if (i, t) in EMPTY else f"{t} {i}", "ended": (i, t) not in CUT_OFF}
             for t in ("north", "south", "west") for i, language, rewards in TABLE]
 
 
@@ -53,7 +54,8 @@ def test_usable_completions():
 
 
 def test_reward_takes_the_best_of_each_prompt():
-    assert chosen("reward") == {"a": "south", "b": "north", "c": "north", "d": "north", "e": "south", "f": "west", "g": "west"}
+    assert chosen("reward") == {
+        "a": "south", "b": "north", "c": "north", "d": "north", "e": "south", "f": "west", "g": "west"}
 
 
 def test_fixed_takes_the_best_teacher_of_each_language():
@@ -96,28 +98,33 @@ def test_cut_off_and_empty_completions_are_never_routed(router):
 
 def test_pairs_are_the_best_against_the_worst():
     pairs = preference_rows(by_prompt(completions()), 0.0)
-    assert [(p["id"], p["chosen_teacher"], p["rejected_teacher"], p["chosen_reward"], p["rejected_reward"]) for p in pairs] == [
+    fields = ("id", "chosen_teacher", "rejected_teacher", "chosen_reward", "rejected_reward")
+    assert [tuple(p[f] for f in fields) for p in pairs] == [
         ("a", "south", "north", 3.0, 1.0), ("b", "north", "west", 5.0, 0.0), ("c", "north", "south", -1.0, -3.0),
         ("e", "south", "north", 9.0, -9.0), ("f", "west", "south", 1.5, 1.0), ("g", "west", "north", 0.5, 0.0)]
-    assert pairs[0] == {"id": "a", "language": "en", "prompt": "prompt a", "chosen": "south a", "rejected": "north a",
-                        "chosen_reward": 3.0, "rejected_reward": 1.0, "chosen_teacher": "south", "rejected_teacher": "north"}
-    assert [p["id"] for p in preference_rows(by_prompt(completions()), 2.0)] == ["b", "e"]  # further apart than the margin
+    assert pairs[0] == {
+        "id": "a", "language": "en", "prompt": "prompt a", "chosen": "south a", "rejected": "north a",
+        "chosen_reward": 3.0, "rejected_reward": 1.0, "chosen_teacher": "south", "rejected_teacher": "north"}
+    assert [p["id"] for p in preference_rows(by_prompt(completions()), 2.0)] == ["b", "e"]  # further apart than 2
     same = [r | {"completion": f" {r['id']} " if r["teacher"] == "north" else r["id"]} for r in completions()]
     assert preference_rows(by_prompt(same), 0.0) == []  # texts that differ in spaces alone teach nothing
 
 
-def wrong(name, value):
-    return lambda monkeypatch: monkeypatch.setitem(globals(), name, value)
+def takes_for(router, other):
+    """route() that takes `other` where `router` is asked for."""
+    return "route", lambda groups, name, **options: route_plain(groups, other if name == router else name, **options)
 
 
-@pytest.mark.parametrize("change", [
-    wrong("route", lambda g, router, seed=0, fixed_on=50: route_plain(g, {"reward": "single"}.get(router, router), seed, fixed_on)),
-    wrong("route", lambda g, router, seed=0, fixed_on=50: route_plain(g, {"fixed": "single"}.get(router, router), seed, fixed_on)),
-    wrong("route", lambda g, router, seed=0, fixed_on=50: route_plain(g, {"single": "fixed"}.get(router, router), seed, 1)),
-    wrong("by_prompt", lambda rows: by_prompt_plain([r | {"ended": True} for r in rows])),
-    wrong("by_prompt", lambda rows: by_prompt_plain([r | {"completion": r["completion"].strip() or "x"} for r in rows]))])
-def test_wrong_routers_are_seen(change, monkeypatch):
-    change(monkeypatch)
+def believes(**fields):
+    """by_prompt() of rows that all hold these fields."""
+    return "by_prompt", lambda rows: by_prompt_plain([r | fields for r in rows])
+
+
+@pytest.mark.parametrize("name, wrong", [
+    takes_for("reward", "single"), takes_for("fixed", "single"), takes_for("single", "fixed"),
+    believes(ended=True), believes(completion="never empty")])
+def test_wrong_routers_are_seen(name, wrong, monkeypatch):
+    monkeypatch.setitem(globals(), name, wrong)
     with pytest.raises(AssertionError):
         test_reward_takes_the_best_of_each_prompt()
         test_fixed_takes_the_best_teacher_of_each_language()
@@ -200,7 +207,6 @@ def pool(tmp_path_factory):
     for seed, name in enumerate(("north", "south")):
         tiny.make_checkpoint(folder / name, seed)
     model = new_reward_model(folder / "north")
-    from common import atomic_dir
     with atomic_dir(folder / "rm") as out:
         write_reward_model(out, model, folder / "north")
     tiny.write(folder / "prompts.jsonl", [{"id": f"q{i}", "language": ("hi", "ko")[i % 2], "prompt": p}
@@ -210,22 +216,24 @@ def pool(tmp_path_factory):
 
 def test_asking_teachers(pool, tmp_path):
     """The whole script, and its completions and rewards made anew; then routing its own completions again."""
-    done = tiny.script("arbitrage.py", "--prompts", pool / "prompts.jsonl", "--teachers", pool / "north", f"{pool / 'south'}/",
-                       "--reward_model", pool / "rm", "--max_new_tokens", 40, "--samples", 6, "--temperature", 2.0, "--seed", 5,
-                       "--out", tmp_path / "out")
+    done = tiny.script(
+        "arbitrage.py", "--prompts", pool / "prompts.jsonl", "--teachers", pool / "north", f"{pool / 'south'}/",
+        "--reward_model", pool / "rm", "--max_new_tokens", 40, "--samples", 6, "--temperature", 2.0, "--seed", 5,
+        "--out", tmp_path / "out")
     rows, prompts = tiny.read(tmp_path / "out" / "completions.jsonl"), tiny.read(pool / "prompts.jsonl")
     expected = [r for name in ("north", "south") for r in complete(
         load(pool / name), Chat(pool / name), prompts, 40, 2.0, samples=6, seed=5, teacher=name)]
     assert [{k: v for k, v in r.items() if k != "reward"} for r in rows] == expected
-    rewards = score(load_reward_model(pool / "rm"), Chat(pool / "rm"), [(r["prompt"], r["completion"]) for r in expected])
+    pairs = [(r["prompt"], r["completion"]) for r in expected]
+    rewards = score(load_reward_model(pool / "rm"), Chat(pool / "rm"), pairs)
     assert [r["reward"] for r in rows] == pytest.approx(rewards, abs=1e-3)
 
     sft = tiny.read(tmp_path / "out" / "sft.jsonl")
-    assert sft and all(r["ended"] for r in rows if (r["id"], r["completion"]) in {(s["id"], s["completion"]) for s in sft})
-    assert any(not r["ended"] for r in rows), "the test needs a completion that was cut off"
+    assert sft and any(not r["ended"] for r in rows), "the test needs a completion that was cut off"
     for s in sft:
-        usable = [r["reward"] for r in rows if r["id"] == s["id"] and r["ended"] and r["completion"].strip()]
-        assert s["reward"] == max(usable)
+        usable = {r["completion"]: r["reward"] for r in rows
+                  if r["id"] == s["id"] and r["ended"] and r["completion"].strip()}
+        assert s["reward"] == max(usable.values()) == usable[s["completion"]]
     assert f"router reward: {len(sft)} of 5 prompts routed" in done.stdout
 
     again = Config(completions=str(tmp_path / "out" / "completions.jsonl"), out=str(tmp_path / "again"))

@@ -545,8 +545,11 @@ def batch():
     return ids, torch.arange(12)[None] < torch.tensor([12, 3, 9, 4, 12, 2, 7, 5])[:, None]
 
 
-def train_step(model, optimizer, micro_batch_size=2):
-    """Mean NLL over the tokens of the whole batch, in micro-batches, this rank's rows only; returns (loss, norm)."""
+def train_step(model, optimizer, between=lambda: None, micro_batch_size=2):
+    """
+    Mean NLL over the tokens of the whole batch, in micro-batches, this rank's rows only; returns (loss, norm).
+    `between` runs after the last backward, before the weights change.
+    """
     ids, mask = batch()
     tokens, total = mask[:, 1:].sum().item(), 0.0
     mine = list(range(8))[common.rank()::common.world()]
@@ -555,26 +558,36 @@ def train_step(model, optimizer, micro_batch_size=2):
         loss = -model.token_logps(ids[rows], mask[rows]).sum() / tokens
         (loss * common.world()).backward()
         total += loss.item()
+    between()
     return common.all_sum(total), common.optimizer_step(model, optimizer, lr=1e-3, max_norm=1.0)
 
 
 def story(model):
-    """Online DPO's order of things: sample before any training, train, look, sample, train, look."""
+    """Online DPO's order of things: sample before any training, train, look, sample, train, look, and then some."""
     model = common.wrap(model)
     optimizer = common.make_optimizer(model, weight_decay=0.1)
-    found = {"sampled": [], "trained": [], "logps": []}
+    found = {"sampled": [], "trained": [], "logps": [], "inside": [], "outside": []}
+    whole = lambda: [not hasattr(p, "full_tensor") for p in model.parameters()]
 
     def look():
         with torch.no_grad():  # all ranks, the same rows
             found["logps"].append(model.token_logps(*batch()).double().tolist())
-    for shares in SHARES:
+        found["outside"] += whole()
+
+    def sample(shares):
         mine = shares if common.world() == 1 else [shares[common.rank()]]
         with common.unsharded(model):
+            found["inside"] += whole()
             found["sampled"].append([generate(model, prompts, n) for prompts, n in mine])
+        found["outside"] += whole()
+    for shares in SHARES:
+        sample(shares)
         found["trained"].append(train_step(model, optimizer))
         look()
-    found["trained"].append(train_step(model, optimizer))  # after a no_grad pass over all blocks and the root
-    look()
+    # whole weights gathered just before the weights change must not outlive the change
+    for between in (look, lambda: sample(SHARES[0])):
+        found["trained"].append(train_step(model, optimizer, between))
+        look()
     return found, model
 
 
@@ -583,6 +596,7 @@ def ranks_main(out):
     out = Path(out)
     assert common.rank() == 0 and common.world() == 1
     device = common.init_distributed()
+    from torch.distributed.fsdp import FSDPModule
     r = common.rank()
     found = {"device": str(device), "rank": r, "world": common.world(), "is_main": common.is_main()}
     common.print0("only rank 0 says this")
@@ -612,6 +626,7 @@ def ranks_main(out):
         save_file(state, out / "state.safetensors")
     save(model, out / "checkpoint")
     found["sharded"] = {n: p.to_local().numel() for n, p in model.named_parameters()}
+    found["groups"] = [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]
     (out / f"rank-{r}.json").write_text(json.dumps(found), encoding="utf-8")
     common.barrier()
     torch.distributed.destroy_process_group()
@@ -621,10 +636,16 @@ def ranks_main(out):
 def two_ranks(tmp_path_factory):
     """[what rank 0 found, what rank 1 found], the folder they wrote, and what they printed."""
     out = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks",
-                           str(out)], env=ENVIRONMENT, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return [json.loads((out / f"rank-{r}.json").read_text(encoding="utf-8")) for r in (0, 1)], out, done.stdout.decode()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks", str(out)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        printed, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun takes its ranks with it
+        printed, errors = process.communicate()
+        errors = b"the ranks wait for each other\n" + errors
+    assert process.returncode == 0, errors.decode()[-4000:]
+    return [json.loads((out / f"rank-{r}.json").read_text(encoding="utf-8")) for r in (0, 1)], out, printed.decode()
 
 
 @pytest.fixture(scope="module")
@@ -658,6 +679,9 @@ def test_parameters_are_sharded(two_ranks):
     for name, p in tiny_model().named_parameters():
         assert sum(f["sharded"][name] for f in two_ranks[0]) == p.numel()
         assert two_ranks[0][0]["sharded"][name] == p.numel() // 2
+    for f in two_ranks[0]:
+        assert f["groups"] == ["", "model.layers.0", "model.layers.1"]  # a block's weights come and go with the block
+        assert all(f["inside"]) and not any(f["outside"])  # whole while sampling, sharded again after it
 
 
 def test_sampling_unsharded_ends_and_is_what_one_process_samples(two_ranks, one_process):
@@ -670,13 +694,13 @@ def test_sampling_unsharded_ends_and_is_what_one_process_samples(two_ranks, one_
 def test_two_ranks_train_as_one_process_does(two_ranks, one_process):
     found, out, _ = two_ranks
     expected, model = one_process
-    for f in found:  # loss and norm of three steps, on both ranks
+    for f in found:  # loss and norm of four steps, on both ranks
         torch.testing.assert_close(torch.tensor(f["trained"]), torch.tensor(expected["trained"]), rtol=1e-6, atol=1e-6)
-    for step in range(3):  # log-probs under the weights after each step: what trained is what the next forward uses
-        for f in found:
-            torch.testing.assert_close(torch.tensor(f["logps"][step]), torch.tensor(expected["logps"][step]), rtol=0, atol=2e-5)
-    moved = [torch.tensor(expected["logps"][s]).sub(torch.tensor(expected["logps"][s + 1])).abs().max() for s in (0, 1)]
-    assert min(moved) > 1e-3  # far more than the tolerance
+    looks = torch.tensor(expected["logps"])  # after steps 1 and 2, within step 3, after 3 and 4
+    for f in found:  # what was trained is what the next forward uses
+        torch.testing.assert_close(torch.tensor(f["logps"]), looks, rtol=0, atol=2e-5)
+    moved = (looks[1:] - looks[:-1]).abs().amax((1, 2))
+    assert moved[1] == 0 and moved[[0, 2, 3]].min() > 1e-3  # far more than the tolerance
     state = load_file(out / "state.safetensors")
     for name, p in model.state_dict().items():
         torch.testing.assert_close(state[name], p, rtol=0, atol=1e-6)

@@ -19,6 +19,7 @@ from generate import Config, complete, draw, generate, main, uniforms
 from model import Config as ModelConfig
 from model import Transformer, load
 
+cpu = tiny.cpu
 V = 60
 
 
@@ -66,13 +67,14 @@ def grid(n=12):
 
 def test_uniforms_are_splitmix64():
     for seed, position in ((0, 0), (3, 7), (2**63 + 5, 1000)):
-        expected = [splitmix(seed, prompt, sample, position) for prompt, sample in ((0, 0), (0, 1), (5, 2), (10**6, 63))]
+        pairs = ((0, 0), (0, 1), (5, 2), (10**6, 63))
+        expected = [splitmix(seed, prompt, sample, position) for prompt, sample in pairs]
         assert uniforms(seed, [0, 0, 5, 10**6], [0, 1, 2, 63], position).tolist() == expected
 
 
 def test_uniforms_are_distinct_and_uniform():
     found = grid()
-    assert np.unique(found).size == found.size  # a seed is no shift of another seed's prompts, nor a sample of a position
+    assert np.unique(found).size == found.size  # no seed repeats another seed's prompts, no sample another position
     assert 0 <= found.min() and found.max() < 1
     for axis in range(4):  # within every seed, position, prompt and sample
         for part in np.moveaxis(found.reshape(12, 12, 12, 12), axis, 0):
@@ -107,7 +109,8 @@ def test_inverse_transform_by_hand():
     assert draw(logits, 1.0, 0.6, u).tolist() == [1, 1, 1, 2, 2, 2, 2]
     assert draw(logits, 1.0, 0.49, u).tolist() == [1] * 7  # the likeliest token alone
     # temperature 0.5 squares the odds: 4, 25, 9 of 38
-    assert draw(logits, 0.5, 1.0, torch.tensor([0.105, 0.106, 0.763, 0.764, 0.9, 0.9, 0.9])).tolist() == [0, 1, 1, 2, 2, 2, 2]
+    u = torch.tensor([0.105, 0.106, 0.763, 0.764, 0.9, 0.9, 0.9])
+    assert draw(logits, 0.5, 1.0, u).tolist() == [0, 1, 1, 2, 2, 2, 2]
 
 
 def test_tokens_that_cannot_occur_are_never_drawn():
@@ -134,7 +137,8 @@ def test_samples_follow_the_distribution(model, temperature, top_p):
 
     def check(context, drawn):
         def expected(temperature, top_p):
-            return nucleus((model(torch.tensor([context]))[0, -1] / temperature).double().softmax(-1).detach().numpy(), top_p)
+            logits = model(torch.tensor([context]))[0, -1].detach().double()
+            return nucleus((logits / temperature).softmax(-1).numpy(), top_p)
 
         probs = expected(temperature, top_p)
         counts = np.bincount(drawn, minlength=V)
@@ -202,7 +206,8 @@ def test_seeds_samples_and_equal_prompts_differ(model):
     options = dict(temperature=1.5, samples=4)
     once = generate(model, prompts, 10, seed=1, **options)
     assert generate(model, prompts, 10, seed=1, **options) == once
-    drawn = [tuple(ids) for seed in range(4) for row in generate(model, prompts, 10, seed=seed, **options) for ids in row]
+    drawn = [tuple(ids) for seed in range(4) for row in generate(model, prompts, 10, seed=seed, **options)
+             for ids in row]
     assert len(set(drawn)) == len(drawn) == 64  # no seed repeats another seed's samples under other prompts
     torch.manual_seed(9)  # the global generator is not asked, nor moved
     before = torch.get_rng_state()
@@ -232,8 +237,9 @@ def test_ill_requests(model):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     tiny.make_checkpoint(folder / "model", vocab_size=310)  # ten more embeddings than tokens
-    tiny.write(folder / "prompts.jsonl", [{"id": f"q{i}", "language": ("fr", "ar")[i % 2], "prompt": prompt, "extra": i}
-               for i, prompt in enumerate(["trois cent", "أربعون", [{"role": "user", "content": "Write"}], "le nombre", "347"])])
+    prompts = ["trois cent", "أربعون", [{"role": "user", "content": "Write"}], "le nombre", "347"]
+    tiny.write(folder / "prompts.jsonl", [{"id": f"q{i}", "language": ("fr", "ar")[i % 2], "prompt": p, "extra": i}
+                                          for i, p in enumerate(prompts)])
     return folder
 
 
@@ -244,7 +250,8 @@ def test_command_line(folder):
     rows = tiny.read(out)
     assert [(r["id"], r["sample"]) for r in rows] == [(f"q{i}", k) for i in range(5) for k in range(3)]
     assert all(set(r) == {"id", "language", "prompt", "completion", "teacher", "sample", "ended"} for r in rows)
-    assert {r["teacher"] for r in rows} == {str(folder / "model")} and rows[6]["prompt"] == [{"role": "user", "content": "Write"}]
+    assert {r["teacher"] for r in rows} == {str(folder / "model")}
+    assert rows[6]["prompt"] == [{"role": "user", "content": "Write"}]
     cut_off = sum(not r["ended"] for r in rows)
     assert 0 < cut_off and f"15 completions of 5 prompts -> {out} ({cut_off} cut off at 30 tokens)" in done.stdout
 

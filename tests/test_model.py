@@ -1,11 +1,11 @@
 """
-The transformer against Hugging Face's, and checkpoint folders: what they may hold, what is refused, what survives a kill.
+The transformer against Hugging Face's, and checkpoint folders: what they hold, what is refused, what survives a kill.
 
     python -m pytest tests/test_model.py
 
-tests/fixtures/ holds two checkpoints that transformers 5.23.0 wrote and what it computed with them (make_cohere.py beside
-them says how, and how the other direction was checked). `test_a_mutant_is_seen` breaks the architecture in nine ways and
-demands that the comparison notices each.
+tests/fixtures/ holds two checkpoints that transformers 5.23.0 wrote and what it computed with them (make_cohere.py
+beside them says how, and how the other direction was checked). `test_a_mutant_is_seen` and the test behind it break the
+architecture in nine ways and demand that the comparison notices each.
 """
 
 import json
@@ -41,7 +41,8 @@ def outputs(model, ids):
     """{"layer_0": ..., "norm": ..., "logits": ...} as make_cohere.py recorded them."""
     seen = {}
     parts = {f"layer_{i}": layer for i, layer in enumerate(model.model.layers)} | {"norm": model.model.norm}
-    hooks = [part.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out)) for name, part in parts.items()]
+    hooks = [part.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
+             for name, part in parts.items()]
     with torch.no_grad():
         seen["logits"] = model(ids)
     for hook in hooks:
@@ -72,7 +73,7 @@ def test_equals_transformers(name):
     expected = load_file(FIXTURES / name / "expected.safetensors")
     found = outputs(load(FIXTURES / name), expected["ids"])
     assert found.keys() | {"ids", "greedy"} == expected.keys()
-    for key, out in found.items():  # float32 on both sides: 1e-5 of an output's largest value (layers reach 100, logits 2)
+    for key, out in found.items():  # float32 on both sides: 1e-5 of an output's largest value (layers 100, logits 2)
         assert (out - expected[key]).abs().max() < 1e-5 * expected[key].abs().max().clamp(min=1), key
 
 
@@ -303,7 +304,8 @@ def poison(name, value):
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("model.layers.1.self_attn.k_norm.weight"), ["model.layers.1.self_attn.k_norm.weight", "missing"]),
-    (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}), ["model.layers.7.mlp.up_proj.weight", "not part"]),
+    (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}),
+     ["model.layers.7.mlp.up_proj.weight", "not part"]),
     (lambda t: t.update({"model.norm.weight": torch.ones(25)}), ["model.norm.weight", "(25,)", "(24,)"]),
     (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(24, 13)}),
      ["model.layers.0.mlp.up_proj.weight", "(24, 13)", "(13, 24)"]),
@@ -351,7 +353,7 @@ def test_index_may_not_point_outside(copy, shard):
     raw = json.loads(index.read_text())
     raw["weight_map"]["model.norm.weight"] = shard
     index.write_text(json.dumps(raw))
-    shutil.copyfile(FIXTURES / "cohere_gqa" / "model.safetensors", folder.parent / "model.safetensors")  # it would be there
+    shutil.copyfile(FIXTURES / "cohere_gqa" / "model.safetensors", folder.parent / "model.safetensors")  # it would load
     refusal(lambda: load(folder), index if shard != ".." else folder, shard)
 
 

@@ -95,9 +95,9 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_files(finished, tmp_path):
-    """kill -9 of the whole process group while the teachers train, then of recipe.py alone; then on to online DPO."""
+    """kill -9 of the whole process group while the teachers train, then of recipe.py alone; then on to SFT."""
     out = tmp_path / "run"
-    for stage, whole_group in (("teachers", True), ("sft", False)):
+    for stage, whole_group in (("teachers", True), ("rm", False)):
         process = subprocess.Popen([sys.executable, "recipe.py", "--preset", "smoke", "--out", str(out)], cwd=ROOT,
                                    stdout=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
         while not (out / "logs" / f"{stage}-0-0.log").exists():  # the stage has begun
@@ -107,12 +107,11 @@ def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_files(finished, 
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         assert not (out / "stages" / f"{stage}.json").exists()
-    done = recipe("--out", str(out), "--until", "online-1")
+    done = recipe("--out", str(out), "--until", "sft")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "finished earlier" in done.stdout
     mine, theirs = fingerprint(out), fingerprint(finished[0])  # another run with the same seed: the same files
-    assert mine.keys() == {k for k in theirs if not k.startswith("eval/")} and len(mine) > 40
-    assert [k for k in mine if mine[k] != theirs[k]] == []
+    assert len(mine) > 30 and [k for k in mine if mine[k] != theirs.get(k)] == []
 
 
 def test_two_ranks_train_the_same_recipe(finished, tmp_path):

@@ -178,7 +178,7 @@ def test_colours_can_be_told_apart(html):
 def test_the_headline_is_the_gain(page):
     stages = synthetic_results()["stages"]
     first, last = (f"{100 * stage['exact_match']:.0f}%" for stage in (stages[0], stages[-1]))
-    assert page.text("h1") == f"From {first} to {last} right, in 24 languages"
+    assert page.text("h1") == f"From {first} to {last} right, in 23 languages"
     assert "Toy results: a 1 M-parameter model." in page.text("header")
     win = stages[-1]["win_rate"]["sft"]
     assert f"{100 * win[0]:.1f}%" in page.text("header")

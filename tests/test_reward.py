@@ -1,10 +1,10 @@
 """
-The Arbiter: what it reads, that nothing around a completion changes its reward, and the arithmetic of rankings and audits.
+The Arbiter: what it reads, that nothing around a completion changes its reward, the arithmetic of rankings and audits.
 
     python -m pytest tests/test_reward.py
 
-`test_a_mutant_is_seen` breaks the reward in six ways (mask one token short, one too long, no mean, ...) and demands that
-the second implementation notices; `test_wrong_losses_are_seen` does so for four wrong Bradley-Terry losses.
+`test_a_mutant_is_seen` breaks the reward in six ways (mask a token short, a token too long, ...) and demands that the
+second implementation notices; `test_wrong_losses_are_seen` does so for four wrong Bradley-Terry losses.
 """
 
 import json
@@ -15,6 +15,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import reward as reward_file
 import tiny
@@ -25,10 +26,12 @@ from reward import (Config, RewardModel, audit, best_and_worst, load_reward_mode
                     write_reward_model)
 from train_rm import bradley_terry_loss
 
+cpu = tiny.cpu
 LN3 = math.log(3)
 PROMPTS = [
     "Write 347 in words.",
-    [{"role": "user", "content": "trois"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "quatre"}],
+    [{"role": "user", "content": "trois"}, {"role": "assistant", "content": "3"},
+     {"role": "user", "content": "quatre"}],
     [{"role": "system", "content": " Answer briefly. "}, {"role": "user", "content": "x"},
      {"role": "assistant", "content": "a longer answer, with words"}, {"role": "user", "content": "y"},
      {"role": "assistant", "content": "z"}, {"role": "user", "content": "اكتب العدد"}],
@@ -76,7 +79,8 @@ def by_hand(model, chat, prompt, completion):
 # --- the loss ---
 
 def test_bradley_terry_by_hand():
-    loss = bradley_terry_loss(torch.tensor([0.0, LN3, 5.0, 5.0, -100.0]), torch.tensor([0.0, 0.0, 5.0 - LN3, 5.0 + LN3, 0.0]))
+    chosen, rejected = [0.0, LN3, 5.0, 5.0, -100.0], [0.0, 0.0, 5.0 - LN3, 5.0 + LN3, 0.0]
+    loss = bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected))
     # P = 1/2, 3/4, 3/4, 1/4 and e^-100, whose logarithm must not overflow
     expected = [math.log(2), math.log(4 / 3), math.log(4 / 3), math.log(4), 100.0]
     assert loss.shape == (5,) and loss.tolist() == pytest.approx(expected, rel=1e-6)
@@ -153,7 +157,8 @@ def test_nothing_around_a_completion_changes_its_reward(model, chat):
 
 def test_equal_rows_are_scored_once_and_batches_are_bounded(model, chat, monkeypatch):
     seen, plain = [], RewardModel.forward
-    monkeypatch.setattr(RewardModel, "forward", lambda self, ids, lengths: seen.append(ids.shape) or plain(self, ids, lengths))
+    monkeypatch.setattr(RewardModel, "forward",
+                        lambda self, ids, lengths: seen.append(ids.shape) or plain(self, ids, lengths))
     rewards = score(model, chat, PAIRS * 3, 200)
     assert rewards[:16] == rewards[16:32] == rewards[32:]
     assert sum(rows for rows, _ in seen) == 16
@@ -212,7 +217,8 @@ def test_audit_by_hand():
 
 def test_audit_without_spread():
     table = audit([row("en", 3, 3), row("en", 3, 3)], [1.0, 1.0], [1.0, 1.0])
-    assert table["en"] == {"accuracy": 0.5, "mean": 1.0, "spread": 0.0, "length_correlation": 0.0, "n": 2} == table["all"]
+    assert table["en"] == {"accuracy": 0.5, "mean": 1.0, "spread": 0.0, "length_correlation": 0.0, "n": 2}
+    assert table["all"] == table["en"]
 
 
 # --- folders and the command line ---
@@ -243,7 +249,6 @@ def edit_config(path, **changes):
 
 
 def drop(path, name):
-    from safetensors.torch import load_file, save_file
     tensors = load_file(path / "model.safetensors")
     del tensors[name]
     save_file(tensors, path / "model.safetensors")
@@ -271,7 +276,7 @@ def test_damaged_folders_are_refused(folder, tmp_path, damage, words):
 def test_rows_get_rewards(folder, model, chat, tmp_path, capsys):
     rows = [{"id": f"q{i}", "language": "en", "prompt": p, "completion": c, "teacher": "t", "note": i}
             for i, (p, c) in enumerate(PAIRS)]
-    rows.append({"id": "silent", "language": "fr", "prompt": "x", "completion": "", "teacher": "t"})  # a model may say nothing
+    rows.append({"id": "silent", "language": "fr", "prompt": "x", "completion": "", "teacher": "t"})  # says nothing
     path = tiny.write(tmp_path / "rows.jsonl", rows)
     main(Config(model=str(folder / "rm"), rows=path, out=str(tmp_path / "scored.jsonl")))
     scored = tiny.read(tmp_path / "scored.jsonl")
@@ -281,15 +286,15 @@ def test_rows_get_rewards(folder, model, chat, tmp_path, capsys):
     mean = sum(r["reward"] for r in scored) / 17
     assert f"17 rewards, mean {mean:.3f} -> " in capsys.readouterr().out
     main(Config(model=str(folder / "rm"), rows=str(tmp_path / "scored.jsonl"), out=str(tmp_path / "scored.jsonl")))
-    assert [r["reward"] for r in tiny.read(tmp_path / "scored.jsonl")] == [r["reward"] for r in scored]  # in place, again
+    assert tiny.read(tmp_path / "scored.jsonl") == scored  # in place, again
 
 
 def test_audit_command(folder, model, chat, tmp_path):
-    rows = [{"language": ("en", "hi", "hi")[i], "prompt": PROMPTS[i], "chosen": COMPLETIONS[i], "rejected": COMPLETIONS[i + 1]}
-            for i in range(3)]
+    rows = [{"language": ("en", "hi", "hi")[i], "prompt": PROMPTS[i], "chosen": COMPLETIONS[i],
+             "rejected": COMPLETIONS[i + 1]} for i in range(3)]
     path = tiny.write(tmp_path / "pairs.jsonl", rows)
-    done = tiny.script("reward.py", "--model", folder / "rm", "--rows", path, "--audit", "--out", tmp_path / "audit.json",
-                       "--batch_tokens", 50)
+    done = tiny.script("reward.py", "--model", folder / "rm", "--rows", path, "--audit", "--batch_tokens", 50,
+                       "--out", tmp_path / "audit.json")
     table = json.loads((tmp_path / "audit.json").read_text())
     expected = audit(rows, score(model, chat, [(r["prompt"], r["chosen"]) for r in rows]),
                      score(model, chat, [(r["prompt"], r["rejected"]) for r in rows]))
@@ -307,4 +312,5 @@ def test_a_bad_row(folder, tmp_path):
         main(Config(model=str(folder / "rm"), rows=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out.jsonl")))
     (tmp_path / "rows.jsonl").write_text(good)
     with pytest.raises(SystemExit, match=r"rows\.jsonl:1: the row has no 'chosen'"):
-        main(Config(model=str(folder / "rm"), rows=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out.jsonl"), audit=True))
+        main(Config(model=str(folder / "rm"), rows=str(tmp_path / "rows.jsonl"), audit=True,
+                    out=str(tmp_path / "out.jsonl")))

@@ -1,13 +1,15 @@
 """
-The three training scripts: losses against hand-computed numbers, gradients that do not depend on how a batch is cut, runs
-that repeat bit for bit, online rounds, and the errors a user meets.
+The three training scripts: losses against hand-computed numbers, gradients that do not depend on how a batch is cut,
+runs that repeat bit for bit, online rounds, and the errors a user meets.
 
     python -m pytest tests/test_training.py
 
-Mutants of the losses that `test_wrong_*` or a test named here catches (each was also tried in the scripts themselves):
-SFT: mask not shifted, divided by rows, by the micro-batch's own tokens, mean of row means; DPO: sides swapped, beta left
-out, reference ignored, mean instead of sum of log-probs, end of turn left out, prompt counted; all three: the loss not
-multiplied by the number of ranks, divided by this rank's share instead of the whole batch (test_gradients_*).
+Mutants that these tests catch. test_wrong_sft_*: mask not shifted, divided by rows, by the micro-batch's own tokens,
+mean of row means, prompt trained, sign. test_wrong_dpo_*: sides swapped, beta left out, reference ignored or swapped,
+beta on the wrong side of the sigmoid, IPO's square. test_sequence_logps_*: mean instead of sum, end of turn left out.
+test_gradients_*, tried in the scripts themselves: loss not multiplied by the number of ranks, tokens counted on one
+rank only, a mean over the micro-batch, ranks that read the same rows. test_online_*: the first policy as the reference
+of every round, cut-off samples in pairs, rounds that repeat prompts.
 """
 
 import json
@@ -28,11 +30,13 @@ import train_rm
 import train_sft
 from common import parse_config
 from data import Chat, encode_row, encode_sft
+from generate import generate
 from model import load
 from reward import load_reward_model, score
 from train_dpo import dpo_loss, seq_logps
 from train_sft import sft_loss
 
+cpu = tiny.cpu
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo}
 WORDS = "one two three four five six seven trois cent quarante ثلاثمائة 三百 words".split()
 FLAT = ["--warmup_steps", 0, "--weight_decay", 0, "--lr", 1e-3]
@@ -57,17 +61,19 @@ def here(tmp_path_factory):
     torch.set_num_threads(1)
     here, rng = tmp_path_factory.mktemp("training"), random.Random(1)
     tiny.make_checkpoint(here / "new")
-    tiny.write(here / "prompts.jsonl", [{"id": f"q{i}", "language": ("en", "fr")[i % 2], "prompt": WORDS[i % 13] + text(rng, 2)}
-                                        for i in range(9)])
-    tiny.write(here / "short.jsonl", [{"language": "en", "prompt": text(rng), "completion": text(rng, 1)} for _ in range(64)])
-    tiny.write(here / "sft.jsonl", [{"language": "en", "prompt": text(rng), "completion": text(rng)} for _ in range(8)] + [
-        {"language": "ar", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "long " + text(rng)},
-                                        {"role": "user", "content": text(rng)}, {"role": "assistant", "content": "y"}]},
+    tiny.write(here / "prompts.jsonl", [
+        {"id": f"q{i}", "language": ("en", "fr")[i % 2], "prompt": WORDS[i % 13] + text(rng, 2)} for i in range(9)])
+    tiny.write(here / "short.jsonl", [
+        {"language": "en", "prompt": text(rng), "completion": text(rng, 1)} for _ in range(64)])
+    user, assistant = ({"role": role, "content": text(rng)} for role in ("user", "assistant"))
+    tiny.write(here / "sft.jsonl", [
+        *({"language": "en", "prompt": text(rng), "completion": text(rng)} for _ in range(8)),
+        {"language": "ar", "messages": [user, assistant, {"role": "user", "content": text(rng)}, assistant]},
         {"language": "ja", "text": "三百四十七 " + text(rng)},
-        {"language": "fr", "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "completion": "c"}])
-    tiny.write(here / "pairs.jsonl", [{"language": ("en", "fr", "ar")[i % 3], "prompt": text(rng), "chosen": text(rng) + " a",
-                                       "rejected": text(rng) + " b", "chosen_reward": i / 4, "rejected_reward": 0.0}
-                                      for i in range(11)])
+        {"language": "fr", "prompt": [{"role": "system", "content": "s"}, user], "completion": "c"}])
+    tiny.write(here / "pairs.jsonl", [
+        {"language": ("en", "fr", "ar")[i % 3], "prompt": text(rng), "chosen": text(rng) + " a",
+         "rejected": text(rng) + " b", "chosen_reward": i / 4, "rejected_reward": 0.0} for i in range(11)])
     run("sft", "--model", here / "new", "--data", here / "short.jsonl", "--out", here / "base", "--max_steps", 60,
         "--batch_size", 32, "--lr", 1e-2, "--log_every", 1000)
     run("rm", "--model", here / "base", "--pairs", here / "pairs.jsonl", "--out", here / "rm", "--max_steps", 2,
@@ -135,7 +141,8 @@ def test_dpo_loss_by_hand():
     assert loss.shape == chosen.shape == (3,) and not chosen.requires_grad and not rejected.requires_grad
     loss.sum().backward()  # d loss / d chosen = -beta sigmoid(-beta margin)
     slope = [0.1 / (1 + math.exp(0.3)), 0.1 / (1 + math.exp(-2)), 0.05]
-    assert policy.grad[:, 0].tolist() == pytest.approx([-s for s in slope]) and policy.grad[:, 1].tolist() == pytest.approx(slope)
+    assert policy.grad[:, 0].tolist() == pytest.approx([-s for s in slope])
+    assert policy.grad[:, 1].tolist() == pytest.approx(slope)
     huge = dpo_loss(torch.tensor([-1e4]), torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([0.0]), 1.0)[0]
     assert huge.item() == 1e4  # log(sigmoid()) would be infinite
 
@@ -145,8 +152,8 @@ def test_dpo_loss_by_hand():
     lambda pc, pr, rc, rr, beta: dpo(pc, pr, rc, rr, 1.0),  # beta left out
     lambda pc, pr, rc, rr, beta: dpo(pc, pr, 0 * rc, 0 * rr, beta),  # reference ignored
     lambda pc, pr, rc, rr, beta: dpo(pc, pr, rr, rc, beta),  # references swapped
-    lambda pc, pr, rc, rr, beta: (-F.logsigmoid(beta * (pc - pr)) + F.logsigmoid(beta * (rc - rr)), *dpo(pc, pr, rc, rr, beta)[1:]),
-    lambda pc, pr, rc, rr, beta: ((0.5 - beta * (pc - rc - pr + rr)) ** 2, *dpo(pc, pr, rc, rr, beta)[1:])])  # IPO's square
+    lambda pc, pr, rc, rr, beta: (-beta * F.logsigmoid(pc - rc - pr + rr), *dpo(pc, pr, rc, rr, beta)[1:]),
+    lambda pc, pr, rc, rr, beta: ((0.5 - beta * (pc - rc - pr + rr)) ** 2, *dpo(pc, pr, rc, rr, beta)[1:])])  # IPO
 def test_wrong_dpo_losses_are_seen(wrong, monkeypatch):
     monkeypatch.setitem(globals(), "dpo_loss", wrong)
     with pytest.raises(AssertionError):
@@ -165,14 +172,15 @@ def test_sequence_logps_are_sums_over_the_completion(here):
     assert found.tolist() == pytest.approx([sum(x) for x in each], abs=1e-4)
     for row, (e, logps) in enumerate(zip(examples, each)):
         assert len(logps) == sum(e.mask) and e.ids[-1] == chat.end and e.mask[-1]
-        for wrong in (sum(logps) / len(logps), sum(logps[:-1]), sum(logps[1:])):  # mean; end of turn or first token lost
+        for wrong in (sum(logps) / len(logps), sum(logps[:-1]), sum(logps[1:])):  # mean; last or first token lost
             assert len(logps) == 1 or abs(found[row].item() - wrong) > 1e-3
 
 
 # --- what a script does in its first steps, computed anew ---
 
 def test_first_sft_step_is_the_mean_over_trained_tokens(here, tmp_path):
-    run("sft", *inputs(here, "sft"), "--out", tmp_path / "out", "--batch_size", 11, "--micro_batch_size", 3, "--max_steps", 1)
+    run("sft", *inputs(here, "sft"), "--out", tmp_path / "out", "--batch_size", 11, "--micro_batch_size", 3,
+        "--max_steps", 1)
     _, model, examples = rows(here, "sft")
     logps = [logps_alone(model, e) for e in examples]
     trained = sum(map(len, logps))
@@ -186,8 +194,8 @@ def test_first_sft_step_is_the_mean_over_trained_tokens(here, tmp_path):
 
 def test_first_rm_step(here, tmp_path):
     """Before training the head is 0 and the reward is mean + smallest log-prob of the completion."""
-    run("rm", *inputs(here, "rm"), "--out", tmp_path / "out", "--batch_size", 11, "--micro_batch_size", 4, "--max_steps", 1,
-        "--lm_weight", 0.25)
+    run("rm", *inputs(here, "rm"), "--out", tmp_path / "out", "--batch_size", 11, "--micro_batch_size", 4,
+        "--max_steps", 1, "--lm_weight", 0.25)
     _, model, pairs = rows(here, "rm")
     each = [[[x.item() for x in logps_alone(model, e)] for e in pair] for pair in pairs]
     margins = [statistics.fmean(c) + min(c) - statistics.fmean(r) - min(r) for c, r in each]
@@ -200,7 +208,7 @@ def test_first_rm_step(here, tmp_path):
 
 
 def test_first_dpo_steps(here, tmp_path):
-    """Step 1: policy == reference. Step 2: what the policy after one step (another run saved it) gives against the base."""
+    """Step 1: policy == reference. Step 2: what the policy after one step (another run saved it) gives."""
     flags = [*inputs(here, "dpo"), "--batch_size", 11, "--micro_batch_size", 4, "--beta", 0.2, *FLAT]
     run("dpo", *flags, "--out", tmp_path / "one", "--max_steps", 1)
     run("dpo", *flags, "--out", tmp_path / "two", "--max_steps", 2)
@@ -211,7 +219,7 @@ def test_first_dpo_steps(here, tmp_path):
     _, reference, pairs = rows(here, "dpo")
     policy, losses, ratios = load(tmp_path / "one"), [], []
     for pair in pairs:
-        ratio = [0.2 * sum(a.item() - b.item() for a, b in zip(logps_alone(policy, e), logps_alone(reference, e))) for e in pair]
+        ratio = [0.2 * (sum(logps_alone(policy, e)) - sum(logps_alone(reference, e))).item() for e in pair]
         ratios.append(ratio)
         losses.append(math.log(1 + math.exp(ratio[1] - ratio[0])))
     assert second["loss"] == pytest.approx(statistics.fmean(losses), abs=1e-4) and second["loss"] < math.log(2) - 0.01
@@ -235,7 +243,8 @@ def test_training_learns_its_rows(here, tmp_path, name):
 
 # --- one batch, cut in any way, gives one gradient ---
 
-CUTS = {"1x1": (1, 8), "1x3": (1, 3), "1x4": (1, 2), "2x1": (2, 4), "2x2": (2, 2), "4x1": (4, 2)}  # ranks, micro-batch size
+# ranks x micro-batches: (ranks, micro-batch size); 1x3 is cut 3 + 3 + 2
+CUTS = {"1x1": (1, 8), "1x3": (1, 3), "1x4": (1, 2), "2x1": (2, 4), "2x2": (2, 2), "4x1": (4, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -324,14 +333,17 @@ def others(here, out):
         ["train_dpo.py", "--model", here / "base", "--prompts", here / "prompts.jsonl", "--reward_model", here / "rm",
          "--rounds", 3, "--samples", 4, "--temperature", 0.6, "--max_new_tokens", 24, "--out", here / f"online-{out}",
          "--batch_size", 4, "--max_steps", 2, *FLAT],
-        ["train_sft.py", "--model", "new", "--tokenizer", here / "new", "--hidden_size", 16, "--layers", 2, "--heads", 2,
-         "--kv_heads", 1, "--intermediate_size", 24, "--data", f"{here / 'sft.jsonl'}:0.5", f"{here / 'short.jsonl'}:0.5",
-         "--languages", "en", "fr", "--out", here / f"fresh-{out}", "--batch_size", 4, "--max_steps", 2, *FLAT],
-        ["generate.py", "--model", here / "base", "--prompts", here / "prompts.jsonl", "--samples", 3, "--temperature", 1.0,
-         "--max_new_tokens", 24, "--out", here / f"generated-{out}.jsonl"],
-        ["reward.py", "--model", here / "rm", "--rows", here / "pairs.jsonl", "--audit", "--out", here / f"audit-{out}.json"],
-        ["arbitrage.py", "--prompts", here / "prompts.jsonl", "--teachers", here / "base", here / "sft-1x1", "--reward_model",
-         here / "rm", "--samples", 2, "--temperature", 1.0, "--max_new_tokens", 24, "--out", here / f"arbitrage-{out}"]]
+        ["train_sft.py", "--model", "new", "--tokenizer", here / "new", "--hidden_size", 16, "--layers", 2,
+         "--heads", 2, "--kv_heads", 1, "--intermediate_size", 24, "--languages", "en", "fr",
+         "--data", f"{here / 'sft.jsonl'}:0.5", f"{here / 'short.jsonl'}:0.5", "--out", here / f"fresh-{out}",
+         "--batch_size", 4, "--max_steps", 2, *FLAT],
+        ["generate.py", "--model", here / "base", "--prompts", here / "prompts.jsonl", "--samples", 3,
+         "--temperature", 1.0, "--max_new_tokens", 24, "--out", here / f"generated-{out}.jsonl"],
+        ["reward.py", "--model", here / "rm", "--rows", here / "pairs.jsonl", "--audit",
+         "--out", here / f"audit-{out}.json"],
+        ["arbitrage.py", "--prompts", here / "prompts.jsonl", "--teachers", here / "base", here / "sft-1x1",
+         "--reward_model", here / "rm", "--samples", 2, "--temperature", 1.0, "--max_new_tokens", 24,
+         "--out", here / f"arbitrage-{out}"]]
 
 
 def test_two_ranks_sample_and_score_as_one(cuts):
@@ -343,13 +355,15 @@ def test_two_ranks_sample_and_score_as_one(cuts):
         one, two = (tiny.read(cuts / f"arbitrage-{n}" / f"{name}.jsonl") for n in ("one", "two"))
         assert len(one) == len(two) > 0
         for a, b in zip(one, two):
-            assert b == pytest.approx(a, abs=1e-4) if isinstance(a, float) else a.keys() == b.keys()
-            assert {k: v for k, v in a.items() if "reward" not in k} == {k: v for k, v in b.items() if "reward" not in k}
+            assert a.keys() == b.keys() and {"reward", "chosen_reward"} & a.keys()
+            for key, value in a.items():
+                assert b[key] == (pytest.approx(value, abs=1e-4) if "reward" in key else value)
 
 
 def test_a_fresh_model_on_two_ranks(cuts):
     one, two = (load(cuts / f"fresh-{n}") for n in ("one", "two"))
-    assert one.cfg == two.cfg and one.cfg.hidden_size == 16 and one.cfg.vocab_size == Chat(cuts / "fresh-two").vocab_size
+    assert one.cfg == two.cfg and one.cfg.hidden_size == 16
+    assert one.cfg.vocab_size == Chat(cuts / "fresh-two").vocab_size
     for (key, a), b in zip(one.state_dict().items(), two.state_dict().values()):
         assert (a - b).abs().max() < 1e-5, key
 
@@ -367,12 +381,13 @@ def test_online_rounds(cuts, ranks):
         assert [(r["id"], r["sample"]) for r in sampled] == [(i, k) for i in ids for k in range(K)]
         asked += ids
         assert all(r["prompt"] == prompts[r["id"]]["prompt"] and r["teacher"] == "policy" for r in done)
-        assert [r["reward"] for r in done] == pytest.approx(score(rm, chat, [(r["prompt"], r["completion"]) for r in done]), abs=1e-3)
+        rewards = score(rm, chat, [(r["prompt"], r["completion"]) for r in done])
+        assert [r["reward"] for r in done] == pytest.approx(rewards, abs=1e-3)
         expected = []
         for i in ids:  # best against worst of what ended and says something
-            group = sorted((r for r in sampled if r["id"] == i and r["ended"] and r["completion"].strip()), key=lambda r: r["reward"])
-            if len(group) > 1 and group[0]["reward"] < group[-1]["reward"]:
-                expected.append((i, group[-1]["reward"], group[0]["reward"]))
+            group = sorted(r["reward"] for r in sampled if r["id"] == i and r["ended"] and r["completion"].strip())
+            if len(group) > 1 and group[0] < group[-1]:
+                expected.append((i, group[-1], group[0]))
             else:
                 dropped += 1
         assert [(p["id"], p["chosen_reward"], p["rejected_reward"]) for p in pairs] == expected
@@ -382,7 +397,6 @@ def test_online_rounds(cuts, ranks):
             assert p["rejected"].strip() == text_of[p["id"], p["rejected_reward"]]
             assert p["prompt"] == prompts[p["id"]]["prompt"] and p["language"] == prompts[p["id"]]["language"]
         if number == 1:  # the first round samples the model it was given
-            from generate import generate
             first = generate(base, [chat.prompt_ids(prompts[i]["prompt"]) for i in ids], 24, stop_ids={chat.end},
                              vocab_size=chat.vocab_size)
             assert [r["completion"] for r in greedy] == [chat.decode(x[0]) for x in first]
@@ -411,24 +425,26 @@ def test_command_line(cuts, tmp_path, name):
 
 
 def test_torchrun(here, tmp_path):
-    done = tiny.script("train_dpo.py", *inputs(here, "dpo"), "--out", tmp_path / "out", "--batch_size", 4, "--max_steps", 2,
-                       ranks=2)
+    done = tiny.script("train_dpo.py", *inputs(here, "dpo"), "--out", tmp_path / "out", "--batch_size", 4,
+                       "--max_steps", 2, ranks=2)
     assert done.stdout.count("step 0001/0002") == 1 and done.stdout.count("saved ") == 1  # rank 0 alone speaks
     assert "Warning" not in done.stderr.replace("FutureWarning", "")
     assert tiny.read(tmp_path / "out" / "log.jsonl")[0]["ranks"] == 2
     load(tmp_path / "out")
 
 
-KEYS = {"sft": {"loss", "grad_norm", "lr"}, "rm": {"loss", "nll", "rewards/accuracies", "rewards/margins", "grad_norm", "lr"},
+KEYS = {"sft": {"loss", "grad_norm", "lr"},
+        "rm": {"loss", "nll", "rewards/accuracies", "rewards/margins", "grad_norm", "lr"},
         "dpo": {"loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
                 "logps/rejected", "grad_norm", "lr"}}
+HEADER = {"argv", "config", "commit", "torch", "python", "device", "hardware", "ranks", "threads", "seed"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_log(cuts, name):
     for cut in ("1x1", "2x2", "4x1"):
         first, *rest = tiny.read(cuts / f"{name}-{cut}" / "log.jsonl")
-        assert {"argv", "config", "commit", "torch", "python", "device", "hardware", "ranks", "threads", "seed"} <= first.keys()
+        assert HEADER <= first.keys()
         assert first["ranks"] == CUTS[cut][0] and first["seed"] == 0 and first["torch"] == torch.__version__
         assert parse_config(SCRIPTS[name].Config, []).__dict__.keys() == first["config"].keys()
         assert first["config"]["batch_size"] == 8 and first["config"]["lr"] == 1e-3
@@ -469,7 +485,8 @@ def test_long_rows_are_dropped_counted_and_printed(here, tmp_path, capsys):
 
 
 def test_languages_margin_and_epochs_choose_rows(here, tmp_path, capsys):
-    run("sft", *inputs(here, "sft"), "--out", tmp_path / "a", "--languages", "fr", "ja", "--batch_size", 2, "--epochs", 3)
+    run("sft", *inputs(here, "sft"), "--out", tmp_path / "a", "--languages", "fr", "ja", "--batch_size", 2,
+        "--epochs", 3)
     assert "2 rows, 3 steps of 2 rows = 1 ranks x 1 micro-batches" in capsys.readouterr().out
     run("dpo", *inputs(here, "dpo"), "--out", tmp_path / "b", "--languages", "ar", "--batch_size", 3)
     assert "3 pairs, 1 steps of 3, beta 0.1" in capsys.readouterr().out
@@ -494,21 +511,23 @@ GOOD = {"sft": {"language": "en", "prompt": "p", "completion": "c"},
     ('{"language": "en", "prompt": "p", "completion": " ", "chosen": "c", "rejected": "c"}', "")])
 def test_bad_rows_are_named(here, tmp_path, name, bad, words):
     good = json.dumps(GOOD["sft" if name == "sft" else "dpo"]) + "\n"
-    (tmp_path / "rows.jsonl").write_text(good * 2 + bad + "\n" + good)
+    path, flag = tmp_path / "rows.jsonl", "--data" if name == "sft" else "--pairs"
+    path.write_text(good * 2 + bad + "\n" + good)
     with pytest.raises(SystemExit) as e:
-        run(name, "--model", here / "base", *inputs(tmp_path, name)[2:3], tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+        run(name, "--model", here / "base", flag, path, "--out", tmp_path / "out")
     line = str(e.value)
-    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}:3") and words in line and "\n" not in line
+    assert line.startswith(f"error: {path}:3") and words in line and "\n" not in line
     assert not (tmp_path / "out").exists()
 
 
 def test_an_error_is_one_line_and_exit_status_1(here, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"language": "en", "prompt": "p", "chosen": "c"}\n')
-    done = tiny.script("train_dpo.py", "--model", here / "base", "--pairs", tmp_path / "rows.jsonl", "--out", tmp_path / "out",
-                       check=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"language": "en", "prompt": "p", "chosen": "c"}\n')
+    flags = ["--model", here / "base", "--pairs", path, "--out", tmp_path / "out"]
+    done = tiny.script("train_dpo.py", *flags, check=False)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path / 'rows.jsonl'}:1: the row has no 'rejected'; preferences rows have language, " \
-                          "prompt, chosen, rejected\n"
+    assert done.stderr == (f"error: {path}:1: the row has no 'rejected'; preferences rows have language, prompt, "
+                           "chosen, rejected\n")
 
 
 @pytest.mark.parametrize("name, flags, words", [
@@ -525,19 +544,21 @@ def test_an_error_is_one_line_and_exit_status_1(here, tmp_path):
     ("sft", ["--max_step", "4"], "unknown argument '--max_step'")])
 def test_errors(here, tmp_path, name, flags, words):
     with pytest.raises(SystemExit) as e:
-        run(name, *inputs(here, name), "--out", tmp_path / "out", "--warmup_steps", 0, *(f.format(here=here) for f in flags))
+        run(name, *inputs(here, name), "--out", tmp_path / "out", "--warmup_steps", 0,
+            *(f.format(here=here) for f in flags))
     assert words in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--reward_model", "{here}/base"], "is not a reward model"), (["--reward_model", "{here}/none"], "none not found"),
-    (["--rounds", "10"], "9 prompts of the languages asked for, too few for 10 rounds"), (["--languages", "de"], "0 prompts"),
+    (["--rounds", "10"], "9 prompts of the languages asked for, too few for 10 rounds"),
+    (["--languages", "de"], "0 prompts"),
     (["--samples", "1"], "every prompt was a tie"), (["--temperature", "0"], "every prompt was a tie"),
     (["--margin", "1000"], "every prompt was a tie"), (["--max_new_tokens", "1"], "every prompt was a tie")])
 def test_online_errors(here, tmp_path, flags, words):
     with pytest.raises(SystemExit) as e:
-        run("dpo", "--model", here / "base", "--prompts", here / "prompts.jsonl", "--reward_model", here / "rm", "--samples", 3,
-            "--max_new_tokens", 16, "--out", tmp_path / "out", *(f.format(here=here) for f in flags))
+        run("dpo", "--model", here / "base", "--prompts", here / "prompts.jsonl", "--reward_model", here / "rm",
+            "--samples", 3, "--max_new_tokens", 16, "--out", tmp_path / "out", *(f.format(here=here) for f in flags))
     assert words in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 

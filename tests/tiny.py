@@ -1,7 +1,7 @@
 """
-What the tests share: a checkpoint of 13 thousand parameters with its tokenizer, rows to train on, and scripts run as a
-user runs them. As a program it runs scripts one after another, on 1, 2 or 4 ranks, without starting Python anew for each
-rank and script (most of the time of a tiny run): it forks after the imports, with the variables that torchrun sets.
+What the tests share: a checkpoint of 16 thousand parameters with its tokenizer, files of rows, and scripts run as a
+user runs them. As a program it runs scripts one after another, on 1, 2 or 4 ranks, without starting Python anew for
+each rank and script (most of the time of a tiny run): it forks after the imports, with the variables of torchrun.
 
     python tests/tiny.py jobs.json      # [[ranks, [[grads file or "", "train_sft.py", "--model", ...], ...]], ...]
 """
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python -m pytest` has put it there, torchrun has not
     sys.path.insert(0, str(ROOT))
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -28,6 +29,14 @@ from model import Config, Transformer, save
 
 TEXTS = ["Write the number 347 in words.", "three hundred forty-seven", "Écris le nombre en toutes lettres.",
          "trois cent quarante-sept", "اكتب العدد بالحروف.", "ثلاثمائة وسبعة وأربعون", "347を漢数字で書いてください。", "三百四十七"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    """A file that says `cpu = tiny.cpu` runs main() on the CPU where there is a GPU too: it compares with subprocesses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 def make_checkpoint(folder, seed=0, tokenizer=True, **sizes):
@@ -54,17 +63,17 @@ def read(path):
 
 
 def environment():
-    """No GPU, one thread (two ranks on two cores) and none of torchrun's variables from outside."""
-    gone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """No GPU, one thread (two ranks on two cores) and none of the variables of torchrun or conftest.py."""
+    gone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
     return {k: v for k, v in os.environ.items() if k not in gone} | {
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def script(*words, ranks=1, cwd=ROOT, check=True):
-    """Runs `script.py --flags` from the repository root under this Python, or torchrun; -> CompletedProcess with text."""
+    """Runs `script.py --flags` from the repository root under this Python, or torchrun; -> CompletedProcess (text)."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*(launcher if ranks > 1 else [sys.executable]), *map(str, words)], cwd=cwd, env=environment(),
-                          capture_output=True, text=True, timeout=600)
+    command = [*(launcher if ranks > 1 else [sys.executable]), *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -82,7 +91,8 @@ def keep_gradients(path):
 
     def step(model, optimizer, lr, max_norm):
         count[0] += 1
-        grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        grads = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
         if path and common.is_main():
             save_file({n: g.clone() for n, g in grads.items()}, f"{path}.{count[0]}")
         return plain(model, optimizer, lr, max_norm)

@@ -1,0 +1,136 @@
+"""
+Every kernel compiled for an H100 or H200 (sm_90), at the shapes of aya-expanse-8b, on a machine without a GPU.
+
+    python tests/test_compile.py      # one JSON line a kernel: registers, spills, shared memory, instructions
+
+triton ships the assembler and disassembler. The operations run on meta tensors with a driver that only says "sm_90", so each
+kernel is compiled for the very arguments of its launch. What this cannot show: wrong results, races, time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = 232_448  # bytes a block on sm_90; the compiler itself does not check
+
+
+def compile_all():
+    """Runs each operation forward and backward on meta tensors and prints what its kernels compiled to."""
+    sys.path.insert(0, str(ROOT))
+    import importlib
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+
+    triton.runtime.driver.set_active(Driver())
+    tools, launch, name = Path(triton.__file__).parent / "backends/nvidia/bin", triton.JITFunction.run, ""
+
+    def instead_of_launching(kernel, *args, grid, warmup, **options):
+        compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+            ptx.write_text(compiled.asm["ptx"])
+            cubin.write_bytes(compiled.asm["cubin"])
+            assemble = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", os.devnull]
+            report = subprocess.run(assemble, capture_output=True, text=True).stderr
+            sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True).stdout
+        count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+        print(json.dumps(dict(
+            kernel=kernel.__name__, case=name, registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
+            spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)), serialised="C7512" in report,
+            shared=compiled.metadata.shared, wgmma=count(r"\bHGMMA"), mma=count(r"\bHMMA"), tma=count(r"\bUTMALDG"),
+            wide_loads=count(r"\bLDG\.E\.128"), loads=count(r"\bLDG\."),
+            wide_stores=count(r"\bSTG\.E\.128"), stores=count(r"\bSTG\."),
+        )), flush=True)  # fmt: skip
+
+    triton.JITFunction.run = instead_of_launching
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+    def both_ways(op, *args):
+        out = getattr(importlib.import_module(f"kernels.{op}"), FUNCTIONS[op]).apply(*args)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(out, [torch.empty_like(x) for x in out])
+
+    N, C, ffn, V, H, Hkv, D = 8192, 4096, 14336, 256_000, 32, 8, 128
+    q, k, v, angles = meta(1, N, H, D), meta(1, N, Hkv, D), meta(1, N, Hkv, D), meta(N, D // 2, dtype=torch.float32)
+    both_ways("swiglu", meta(N, ffn), meta(N, ffn))
+    both_ways("rope", q, k, angles.detach(), angles.detach())
+    both_ways("layernorm", meta(N, C), meta(C), 1e-5)
+    importlib.import_module("kernels.token_logps").SLICE = N * 16_384
+    both_ways("token_logps", meta(N, C), meta(16_384, C), meta(N, dtype=torch.int64), 0.0625)
+    for name, doc_start in [("one document", None), ("packed", meta(1, N, dtype=torch.int32))]:
+        both_ways("attention", q, k, v, doc_start, None, None, D**-0.5)
+    name = "odd"
+    both_ways("swiglu", meta(1003), meta(1003))
+
+
+FUNCTIONS = dict(swiglu="_SwiGLU", rope="_Rope", layernorm="_LayerNorm", token_logps="_TokenLogps", attention="_Attention")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{(kernel, case): what it compiled to}, from a process of its own: here triton may be set to interpret."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {(row["kernel"], row["case"]): row for row in rows}
+
+
+def test_every_kernel_is_compiled(compiled):
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+    launched = set(re.findall(r"^ +(_\w+)\[.*\]\(", text, re.MULTILINE))
+    assert launched == {kernel for kernel, _ in compiled}
+
+
+def test_no_kernel_spills_and_all_fit(compiled):
+    for (kernel, case), row in compiled.items():
+        # dk and dv keep two (128, 128) fp32 tiles in registers, and have a few bytes too many
+        assert row["spills"] <= (96 if kernel == "_attention_dkdv" else 0), (kernel, case, row)
+        assert row["shared"] <= SHARED_LIMIT, (kernel, case, row)
+
+
+def test_matmuls_run_on_hopper_tensor_cores(compiled):
+    attention = {key: row for key, row in compiled.items() if key[0].startswith("_attention")}
+    assert len(attention) == 6  # forward, dq, dkdv; one document and packed
+    for key, row in attention.items():
+        assert row["wgmma"] > 0 and row["mma"] == 0 and not row["serialised"], (key, row)
+        assert row["tma"] > 0, (key, row)
+
+
+def test_elementwise_kernels_move_128_bits_at_a_time(compiled):
+    # (loads, stores) that may be narrower: a row's mean and rstd; its lse, target, picked logit or upstream gradient
+    narrow = {"_layernorm_forward": (0, 2), "_layernorm_backward": (2, 0), "_fold_slice": (3, 2), "_slice_gradient": (3, 0)}
+    for (kernel, case), row in compiled.items():
+        if case == "" and not kernel.startswith("_attention"):
+            loads, stores = narrow.get(kernel, (0, 0))
+            assert row["wide_loads"] > 0 and row["loads"] - row["wide_loads"] <= loads, (kernel, row)
+            assert row["stores"] - row["wide_stores"] <= stores, (kernel, row)
+
+
+def test_the_count_sees_narrow_loads(compiled):
+    odd = compiled["_swiglu_forward", "odd"]  # 1,003 elements: no vector of 8 is known to be inside
+    assert odd["wide_loads"] == 0 and odd["loads"] > 2
+
+
+if __name__ == "__main__":
+    compile_all()
