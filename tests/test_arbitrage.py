@@ -110,9 +110,10 @@ def test_pairs_are_the_best_against_the_worst():
     assert preference_rows(by_prompt(same), 0.0) == []  # texts that differ in spaces alone teach nothing
 
 
-def takes_for(router, other):
+def takes_for(router, other, **changed):
     """route() that takes `other` where `router` is asked for."""
-    return "route", lambda groups, name, **options: route_plain(groups, other if name == router else name, **options)
+    return "route", lambda groups, name, **options: route_plain(
+        groups, other if name == router else name, **options | (changed if name == router else {}))
 
 
 def believes(**fields):
@@ -121,7 +122,7 @@ def believes(**fields):
 
 
 @pytest.mark.parametrize("name, wrong", [
-    takes_for("reward", "single"), takes_for("fixed", "single"), takes_for("single", "fixed"),
+    takes_for("reward", "single"), takes_for("fixed", "single"), takes_for("single", "fixed", fixed_on=1),
     believes(ended=True), believes(completion="never empty")])
 def test_wrong_routers_are_seen(name, wrong, monkeypatch):
     monkeypatch.setitem(globals(), name, wrong)

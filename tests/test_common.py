@@ -73,7 +73,8 @@ def refused(words, *fragments, config=Flags):
 
 
 def test_flags_have_the_fields_types():
-    cfg = parse_config(Flags, "--out y --lr 5e-4 --max_steps 3 --pack --data p.jsonl:0.9 q.jsonl:0.1 --weights 1 2.5".split())
+    words = "--out y --lr 5e-4 --max_steps 3 --pack --data p.jsonl:0.9 q.jsonl:0.1 --weights 1 2.5"
+    cfg = parse_config(Flags, words.split())
     assert cfg == Flags("y", 5e-4, 3, True, True, ["p.jsonl:0.9", "q.jsonl:0.1"], [1.0, 2.5])
     assert [type(v) for v in (cfg.lr, cfg.max_steps, cfg.weights[0])] == [float, int, float]
     assert parse_config(Flags, []) == Flags()
@@ -100,7 +101,8 @@ def test_equals_signs_belong_to_the_value_after_the_first():
 
 @pytest.mark.parametrize("words,pack,shuffle", [
     ("", False, True), ("--pack --no-shuffle", True, False), ("--no_pack --shuffle", False, True),
-    ("--pack true --shuffle no", True, False), ("--pack=1 --shuffle=False", True, False), ("--shuffle 0 --pack YES", True, False)])
+    ("--pack true --shuffle no", True, False), ("--pack=1 --shuffle=False", True, False),
+    ("--shuffle 0 --pack YES", True, False)])
 def test_booleans(words, pack, shuffle):
     cfg = parse_config(Flags, words.split())
     assert (cfg.pack, cfg.shuffle) == (pack, shuffle)
@@ -123,8 +125,10 @@ def test_optional_fields_take_the_inner_type():
 
 
 @pytest.mark.parametrize("words,fragments", [
-    ("--outs x", ["'--outs'"]), ("--max_stpes 4", ["did you mean --max_steps?"]), ("out x", ["'out'"]), ("-lr 1", ["'-lr'"]), ("x", ["'x'"]),
-    ("--lr x", ["--lr", "float", "'x'"]), ("--lr=", ["--lr", "float"]), ("--max_steps 1.5", ["--max_steps", "int", "'1.5'"]),
+    ("--outs x", ["'--outs'"]), ("--max_stpes 4", ["did you mean --max_steps?"]), ("out x", ["'out'"]),
+    ("-lr 1", ["'-lr'"]), ("x", ["'x'"]),
+    ("--lr x", ["--lr", "float", "'x'"]), ("--lr=", ["--lr", "float"]),
+    ("--max_steps 1.5", ["--max_steps", "int", "'1.5'"]),
     ("--weights 1 two", ["--weights", "float", "'two'"]), ("--pack maybe", ["--pack", "true or false", "'maybe'"]),
     ("--lr", ["--lr needs a value"]), ("--lr --out x", ["--lr needs a value"]), ("--data", ["--data", "at least one"]),
     ("--data --lr 1", ["--data", "at least one"]), ("--no-pack true", ["--no-pack", "no value"]),
@@ -145,11 +149,12 @@ def test_help_texts_are_the_trailing_comments(capsys):
     assert e.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("common.py: flags, files that survive a kill")  # the script's docstring comes first
-    line = {words[0]: " ".join(words[1:]) for words in map(str.split, shown.splitlines()) if words and words[0].startswith("--")}
+    line = {words[0]: " ".join(words[1:]) for words in map(str.split, shown.splitlines())
+            if words and words[0].startswith("--")}
     assert line["--out"] == "folder to write (default: 'out/x')"
     assert line["--lr"] == "peak learning rate (#1 knob) (default: 0.001)"
     assert line["--max_steps"] == "(default: 10)"  # no comment, and not the next field's
-    assert line["--data"] == "files, each with optional :weight (default: ['a.jsonl', 'b.jsonl'])"  # a field of two lines
+    assert line["--data"] == "files, each with optional :weight (default: ['a.jsonl', 'b.jsonl'])"  # of two lines
     assert line["--base"] == "checkpoint to subtract (default: None)"
     assert len(line) == 9
     with pytest.raises(SystemExit):
@@ -356,7 +361,8 @@ def test_a_full_disk_ends_a_script_with_one_line_and_status_1(tmp_path):
     save(tiny_model(seed=0), path)
     before = (path / "model.safetensors").read_bytes()
     assert len(before) > 20_000
-    done = subprocess.run([sys.executable, __file__, "full_disk", str(path)], env=ENVIRONMENT, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, "full_disk", str(path)], env=ENVIRONMENT, capture_output=True,
+                          timeout=300)
     lines = done.stderr.decode().strip().splitlines()
     assert done.returncode == 1 and len(lines) == 1, lines
     assert lines[0].startswith(f"error: cannot write {path}: ") and "intact" in lines[0]
@@ -370,7 +376,8 @@ def test_cosine_lr_by_hand():
     lr = [cosine_lr(step, 12, 2.0, warmup=4, floor=0.1) for step in range(13)]
     assert lr[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]  # a quarter of the peak in step 0, never 0
     # from step 4 on: 2 (0.1 + 0.9 (1 + cos(pi (step - 4) / 8)) / 2); cos(pi/4) = 0.70710678
-    assert lr[6] == pytest.approx(2 * (0.1 + 0.45 * 1.70710678)) and lr[10] == pytest.approx(2 * (0.1 + 0.45 * 0.29289322))
+    assert lr[6] == pytest.approx(2 * (0.1 + 0.45 * 1.70710678))
+    assert lr[10] == pytest.approx(2 * (0.1 + 0.45 * 0.29289322))
     assert lr[8] == pytest.approx(1.1) and lr[12] == pytest.approx(0.2)
     assert cosine_lr(40, 12, 2.0, 4, 0.1) == pytest.approx(0.2)  # past the end it stays at the floor
     assert [cosine_lr(s, 2, 1.0) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
@@ -379,9 +386,9 @@ def test_cosine_lr_by_hand():
 
 
 def tiny_model(seed=0, **sizes):
-    return Transformer(ModelConfig(**{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                      "num_key_value_heads": 2, "intermediate_size": 48, "logit_scale": 1.0,
-                                      "initializer_range": 0.3} | sizes)).init_weights(seed)
+    return Transformer(ModelConfig(**{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2,
+                                      "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+                                      "logit_scale": 1.0, "initializer_range": 0.3} | sizes)).init_weights(seed)
 
 
 def test_optimizer_decays_matrices_and_no_norms():
@@ -471,16 +478,19 @@ def test_log_lines(tmp_path, capsys, monkeypatch):
     log = common.Log(tmp_path, Required("modèle", 7), "cpu", max_steps=6, every=2)
     rows = log_rows(tmp_path)  # the first line is on disk before the first step
     assert rows[0]["argv"] == ["train.py", "--out", "modèle"] and rows[0]["config"] == {"model": "modèle", "seed": 7}
-    assert rows[0]["seed"] == 7 and rows[0]["ranks"] == 1 and rows[0]["device"] == "cpu" and rows[0]["torch"] == torch.__version__
+    assert [rows[0][k] for k in ("seed", "ranks", "device", "torch")] == [7, 1, "cpu", torch.__version__]
     assert rows[0]["python"] == sys.version.split()[0] and rows[0]["threads"] == torch.get_num_threads()
-    assert set(rows[0]) == {"argv", "config", "commit", "torch", "python", "device", "hardware", "ranks", "threads", "seed"}
+    assert set(rows[0]) == {"argv", "config", "commit", "torch", "python", "device", "hardware", "ranks", "threads",
+                            "seed"}
     assert len(rows) == 1 and capsys.readouterr().out == ""
     for step in range(1, 6):
         now[0] += 0.5
         log.step(step, 1000 * step, loss=0.5123, **{"rewards/accuracies": 0.75}, lr=5e-7)
-        assert log_rows(tmp_path)[-1] == {"step": step, "tokens": 1000 * step, "loss": 0.5123, "rewards/accuracies": 0.75, "lr": 5e-7}
+        assert log_rows(tmp_path)[-1] == {"step": step, "tokens": 1000 * step, "loss": 0.5123,
+                                          "rewards/accuracies": 0.75, "lr": 5e-7}
     assert len(log_rows(tmp_path)) == 6
-    # steps 1, 2, 4 are shown (first, every second); tokens since the line before: 1000 in 0.5 s, 2000 in 0.5 s, 7000 in 1 s
+    # steps 1, 2, 4 are shown: the first and every second; tokens since the line before: 1000 in 0.5 s, 2000 in
+    # 0.5 s, 7000 in 1 s
     assert capsys.readouterr().out.splitlines() == [
         f"step {step:04d}/0006 | loss 0.512 | accuracies 0.750 | lr 5.0e-07 | {rate}k tok/s | 3.1 GB"
         for step, rate in ((1, "2.0"), (2, "4.0"), (4, "7.0"))]
@@ -500,8 +510,8 @@ def test_commit_and_memory(tmp_path, monkeypatch):
     assert 0.05 < common.memory_gb() < 500 and common.hardware()
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     assert common.git_commit() == "unknown"
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True,
-                                        capture_output=True)
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path,
+                                        check=True, capture_output=True)
     git("init")
     (tmp_path / "common.py").write_text("a", encoding="utf-8")
     git("add", "."), git("commit", "-m", "x")
@@ -534,12 +544,12 @@ def test_one_process_needs_no_group(capsys):
 
 
 PROMPTS = [[5, 9, 11, 40], [5, 3], [5, 60, 61, 62, 63, 20], [5, 8, 8]]
-# per round of sampling: (prompts, new tokens) of each rank. The second rank runs longer, in the second round it has nothing.
+# per round of sampling: (prompts, new tokens) of each rank; the second rank runs longer, then it has nothing to do
 SHARES = [[(PROMPTS[:1], 3), (PROMPTS[1:], 11)], [(PROMPTS, 5), ([], 5)]]
 
 
 def batch():
-    """8 rows of uneven length: ids (8, 12), loss_mask; rank r takes rows r::2, so the ranks train uneven token counts."""
+    """8 rows of uneven length: ids (8, 12), loss_mask. Rank r takes rows r::2: the ranks train uneven token counts."""
     g = torch.Generator().manual_seed(4)
     ids = torch.randint(1, 64, (8, 12), generator=g)
     return ids, torch.arange(12)[None] < torch.tensor([12, 3, 9, 4, 12, 2, 7, 5])[:, None]
@@ -591,6 +601,19 @@ def story(model):
     return found, model
 
 
+def story_without_sampling(model):
+    """A forward without gradients just before the weights change, as offline DPO's evaluation would do it."""
+    model, found = common.wrap(model), []
+
+    def look():
+        with torch.no_grad():
+            found.append(model.token_logps(*batch()).sum().item())
+        found.append(sum(not hasattr(p, "full_tensor") for p in model.parameters()))
+    found += train_step(model, common.make_optimizer(model, weight_decay=0.1), between=look)
+    look()
+    return found
+
+
 def ranks_main(out):
     """One of two ranks; writes rank-0.json and rank-1.json, and a checkpoint."""
     out = Path(out)
@@ -618,7 +641,9 @@ def ranks_main(out):
             time.sleep(0.5)
             (folder / "x").write_text("1", encoding="utf-8")
     found["folder"] = names(out / "folder")
+    found["without_sampling"] = story_without_sampling(tiny_model(seed=3))
     story_found, model = story(tiny_model(seed=3))
+
     found |= story_found
     state = common.full_state_dict(model)
     found["state"] = sorted(state)
@@ -636,7 +661,8 @@ def ranks_main(out):
 def two_ranks(tmp_path_factory):
     """[what rank 0 found, what rank 1 found], the folder they wrote, and what they printed."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks",
+               str(out)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         printed, errors = process.communicate(timeout=300)
@@ -655,7 +681,8 @@ def one_process():
 
 def test_two_ranks_know_each_other(two_ranks):
     found, _, printed = two_ranks
-    assert [(f["rank"], f["world"], f["is_main"], f["device"]) for f in found] == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
+    known = [(f["rank"], f["world"], f["is_main"], f["device"]) for f in found]
+    assert known == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
     assert printed.count("only rank 0 says this") == 1
 
 
@@ -704,6 +731,13 @@ def test_two_ranks_train_as_one_process_does(two_ranks, one_process):
     state = load_file(out / "state.safetensors")
     for name, p in model.state_dict().items():
         torch.testing.assert_close(state[name], p, rtol=0, atol=1e-6)
+
+
+def test_a_look_before_the_weights_change_does_not_keep_old_weights(two_ranks):
+    before, _, loss, norm, after, whole = story_without_sampling(tiny_model(seed=3))
+    assert abs(before - after) > 0.1 and whole > 0
+    for f in two_ranks[0]:
+        assert f["without_sampling"] == pytest.approx([before, 0, loss, norm, after, 0], rel=1e-6)
 
 
 def test_full_state_is_on_rank_0_only_and_a_checkpoint_of_two_ranks_loads(two_ranks, one_process):

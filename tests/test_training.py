@@ -279,8 +279,8 @@ def test_gradients_do_not_depend_on_the_cut(cuts, name, cut):
         assert expected.keys() == found.keys()
         largest = max(g.abs().max() for g in expected.values())
         for key, g in expected.items():
-            # the first step starts from equal weights; then Adam has turned rounding into differences of weights
-            assert (found[key] - g).abs().max() < (1e-6 if step == 1 else 1e-4) * largest, (key, step)
+            # float32 rounding is 1e-6; after the first step Adam has turned it into slightly different weights
+            assert (found[key] - g).abs().max() < (3e-6 if step == 1 else 1e-4) * largest, (key, step)
     logs = [steps(cuts / f"{name}-{c}") for c in ("1x1", cut)]
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
@@ -310,7 +310,7 @@ def test_packed_equals_padded(cuts, tmp_path, micro):
     expected, found = load_file(cuts / "sft-1x1.1"), load_file(tmp_path / "packed.1")
     largest = max(g.abs().max() for g in expected.values())
     for key, g in expected.items():
-        assert (found[key] - g).abs().max() < 1e-6 * largest, key
+        assert (found[key] - g).abs().max() < 3e-6 * largest, key
     for a, b in zip(steps(cuts / "sft-1x1"), steps(tmp_path / "out"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
 
