@@ -1,4 +1,4 @@
-"""The five operations worth fusing in a Cohere Command transformer, one file each; every file starts with its definition."""
+"""The five operations worth fusing in a Cohere Command transformer, one file each, each opening with its definition."""
 
 from .attention import attention
 from .layernorm import layernorm

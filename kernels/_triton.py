@@ -1,4 +1,4 @@
-"""Triton where it is installed; else a stand-in, so that the kernel files import and their CPU paths run (macOS, say)."""
+"""Triton where it is installed; else a stand-in, so that the kernel files import and their CPU paths run."""
 
 try:
     import triton

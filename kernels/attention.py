@@ -3,13 +3,15 @@ Causal grouped-query attention over packed documents: softmax(q k^T scale) v, wh
 
     doc_start[i] <= j <= i      and, with a window, i - j < window
 
-doc_start is one int32 a token, the first position of its document, so packed sequences need no list of lengths, no copy to
-the host and no recompilation. Tiles are visited only where some query sees some key, and masked only where not all do.
-Dao et al. 2022, "FlashAttention", https://arxiv.org/abs/2205.14135: the scores stay on chip, one log-sum-exp a row is saved.
+doc_start is one int32 a token, the first position of its document, so packed sequences need no list of lengths, no copy
+to the host and no recompilation. Only tiles where some query sees some key are visited, and masked where not all do.
+Dao et al. 2022, "FlashAttention", https://arxiv.org/abs/2205.14135: the scores stay on chip, and of each row only its
+log-sum-exp is saved.
 
-FLOPs for S visible (query, key) pairs: 4 S H D forward (two matmuls), 10 S H D backward (five; seven are done, since dq has
-a kernel of its own: no atomics, so gradients are the same bits every time, and no fp32 copy of dq).
-Memory traffic: eager writes and reads (B, H, T, T) scores about six times; fused reads q, k, v and writes the output, once.
+FLOPs for S visible (query, key) pairs: 4 S H D forward (two matmuls), 10 S H D backward (five; seven are done, since dq
+has a kernel of its own: no atomics, so gradients are the same bits every time, and no fp32 copy of dq).
+Memory traffic: eager writes the (B, H, T, T) scores and reads them back to scale, mask, normalise and multiply; fused
+reads q, k and v and writes the output, and each tile of k and v is read once by every tile of queries that sees it.
 A key head's gradient sums over the G = H / Hkv query heads that share it: one program loops over them.
 """
 
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 
 from ._triton import TensorDescriptor, tl, triton, use_triton
 
-# Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of a row of one head: 256 is D = 128 in 16 bits.
+# Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of one head's row: 256 is D = 128 in 16 bits.
 # Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
 TILES = {
     "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (128, 32, 8, 2), 1024: (32, 32, 4, 1)},
@@ -28,7 +30,7 @@ TILES = {
 
 
 def visible(Tq, Tk, doc_start, window, device):
-    """True where query i sees key j: (Tq, Tk), or (B, 1, Tq, Tk) with doc_start. The queries are the last Tq positions."""
+    """True where query i sees key j: (Tq, Tk), or (B, 1, Tq, Tk) with doc_start. Queries are the last Tq positions."""
     i = torch.arange(Tk - Tq, Tk, device=device)[:, None]
     j = torch.arange(Tk, device=device)
     mask = j <= i
@@ -43,7 +45,7 @@ def attention_reference(q, k, v, doc_start=None, window=None, softcap=None, scal
     """The definition, fp32 inside (fp64 for fp64). A query that sees no key at all gets zeros."""
     Tq, Tk, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     acc = torch.promote_types(q.dtype, torch.float32)
-    k, v = k.to(acc).repeat_interleave(G, dim=2), v.to(acc).repeat_interleave(G, dim=2)  # query head h reads key head h // G
+    k, v = (x.to(acc).repeat_interleave(G, dim=2) for x in (k, v))  # query head h reads key head h // G
     scores = torch.einsum("bihd,bjhd->bhij", q.to(acc), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)  # Gemma 2, https://arxiv.org/abs/2408.00118
@@ -52,9 +54,12 @@ def attention_reference(q, k, v, doc_start=None, window=None, softcap=None, scal
     return torch.einsum("bhij,bjhd->bihd", probs, v).to(q.dtype)
 
 
-# --- The kernels. A program owns a tile of queries (forward, dq) or of keys (dk and dv) and walks the other axis in three
-# --- phases: tiles at the edge of a document or window (masked), tiles that all see (not masked), the diagonal (masked).
-# --- Query m of the Tq sits at position m + Tk - Tq; first[m] is the first key it sees, from doc_start and window together.
+# --- The kernels. A program owns a tile of queries (forward, dq) or of keys (dk and dv) and walks the other axis twice:
+# --- over tiles where all see all, without a mask, then over those at the edges (a document's start, the diagonal).
+# --- Query m sits at position m + Tk - Tq; first[m] is the first key it sees, by doc_start and window together.
+# --- What a query does not see is masked, and must not reach it by way of 0 * NaN in a matmul either.
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and the hardware has exp2
 
 
 @triton.jit
@@ -71,25 +76,25 @@ def _store(x, b, h, t0, tile):
 
 @triton.jit
 def _finite(x):
-    """NaN and infinity become 0: a masked weight of 0 times another document's NaN would still be NaN."""
+    """NaN and infinity become 0."""
     x32 = x.to(tl.float32)
     return tl.where(x32 * 0.0 == 0.0, x32, 0.0).to(x.dtype)
 
 
 @triton.jit
 def _score(qk, scale, SOFTCAP: tl.constexpr):
-    """The score in units of log 2, since the hardware has exp2, and its slope d score / d (qk * scale)."""
+    """The score times LOG2E, and its slope d score / d (qk * scale)."""
     x = qk * scale
     if SOFTCAP > 0:
         t = 2.0 * tl.sigmoid(x * (2.0 / SOFTCAP)) - 1.0  # tanh(x / SOFTCAP)
-        return t * (SOFTCAP * 1.4426950408889634), 1.0 - t * t
+        return t * (SOFTCAP * LOG2E), 1.0 - t * t
     else:
-        return x * 1.4426950408889634, 1.0
+        return x * LOG2E, 1.0
 
 
 @triton.jit
 def _key_range(m0, m, Tq, shift, first, HAS_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Some of the queries m0 .. m0 + BM see keys lo .. hi; all of them see all of inner .. outer, a whole number of tiles."""
+    """Some of the queries m0 .. m0 + BM see keys lo .. hi; all see all of inner .. outer, a whole number of tiles."""
     lo, inner = 0, 0
     if HAS_FIRST:
         lo = tl.min(tl.where(m < Tq, first, Tq + shift), 0)
@@ -108,7 +113,8 @@ def _step_over(x, inner, outer):
 @triton.jit
 def _attention_forward(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, first_ptr, Tq, Tk, H, scale,
-    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest rows start first
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -117,7 +123,7 @@ def _attention_forward(
     first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
     lo, inner, outer, hi = _key_range(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
     acc, total = tl.zeros((BM, D), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
-    top = tl.full((BM,), -1e30, dtype=tl.float32)  # below any score, yet finite: no inf - inf before the first visible key
+    top = tl.full((BM,), -1e30, dtype=tl.float32)  # below any score, yet finite: else inf - inf before the first key
     for edge in tl.static_range(2):
         for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BN):
             j0 = _step_over(x, inner, outer) if edge else x
@@ -139,7 +145,8 @@ def _attention_forward(
             top = new_top
     nothing = total == 0.0  # a query that saw no key: zeros, and a log-sum-exp that makes its weights 0 in the backward
     _store(out_rows, b, h, m0, acc / tl.where(nothing, 1.0, total)[:, None])
-    tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * Tq + m, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=m < Tq)
+    row = tl.program_id(0).to(tl.int64) * Tq + m  # of (B, H, Tq)
+    tl.store(lse_ptr + row, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=m < Tq)
 
 
 # Backward, with P = exp(S - lse) recomputed from the saved log-sum-exp, dO the gradient of the output O:
@@ -149,7 +156,8 @@ def _attention_forward(
 @triton.jit
 def _attention_dq(
     q_rows, k_rows, v_rows, out_rows, dout_rows, dq_rows, lse_ptr, delta_ptr, first_ptr, Tq, Tk, H, scale,
-    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -184,7 +192,8 @@ def _attention_dq(
 @triton.jit
 def _attention_dkdv(
     q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse_ptr, delta_ptr, end_ptr, Tq, Tk, H, scale,
-    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     n0, Hkv, shift = tl.program_id(1) * BN, H // G, Tk - Tq
     b, h_kv = tl.program_id(0) // Hkv, tl.program_id(0) % Hkv
@@ -202,7 +211,9 @@ def _attention_dkdv(
         h = h_kv * G + g
         row = (b.to(tl.int64) * H + h) * Tq
         for edge in tl.static_range(2):
-            for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BM, num_stages=1 if edge else None):
+            stop = hi - (outer - inner) if edge else outer
+            # the few tiles at the edges are not prefetched: that would cost registers, of which dk and dv take most
+            for x in tl.range(lo if edge else inner, stop, BM, num_stages=1 if edge else None):
                 m0 = _step_over(x, inner, outer) if edge else x
                 m = m0 + tl.arange(0, BM)
                 q, dout = _load(q_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
@@ -230,10 +241,11 @@ def _tiles(kernel, D, dtype):
 
 
 def _joined(x):
-    """(B, T, H, D) as (B, T, H * D), rows in one piece and 16-byte aligned as descriptors need them; a copy if it must be."""
+    """(B, T, H, D) as (B, T, H * D), rows in one piece and 16-byte aligned as descriptors need, copied if need be."""
     x = x.flatten(2)
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]] + [x.data_ptr()]
-    return x if x.stride(-1) == 1 and all(step % 16 == 0 for step in steps) else x.clone(memory_format=torch.contiguous_format)
+    steps = [step * x.element_size() for step in x.stride()[:2]]
+    aligned = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _boxes(rows, D, *tensors):
@@ -320,14 +332,14 @@ def _attention_dense(q, k, v, doc_start, window, softcap, scale):
 
 
 def _attention_documents(q, k, v, starts, lengths, window, softcap, scale):
-    """Packed documents become the rows of padded batches, one for each power of two of the length: none sees another's."""
+    """Packed documents become the rows of padded batches, one for each power of two of the length."""
     (B, T), outs, order = q.shape[:2], [], []
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     size = lengths.clamp(min=2).sub(1).log2().floor()
     for s in size.unique():
         start, length = starts[size == s, None], lengths[size == s, None]
         offset = torch.arange(int(length.max()), device=q.device)
-        index = start + torch.minimum(offset, length - 1)  # (documents, longest); the last token again where one is shorter
+        index = start + torch.minimum(offset, length - 1)  # (documents, longest); the last token fills up
         rows = [x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in (q, k, v)]
         outs.append(_attention_dense(*rows, None, window, softcap, scale)[offset < length])
         order.append(index[offset < length])
@@ -339,7 +351,7 @@ def _attention_cpu(q, k, v, doc_start, window, softcap, scale):
     if doc_start is not None and Tq == Tk:
         first = (doc_start + Tk * torch.arange(B, device=q.device)[:, None]).flatten()  # in the flattened batch
         starts, lengths = first.unique_consecutive(return_counts=True)
-        if torch.equal(starts, lengths.cumsum(0) - lengths):  # every token's document starts where its run of tokens does
+        if torch.equal(starts, lengths.cumsum(0) - lengths):  # a document starts where its run of tokens does
             return _attention_documents(q, k, v, starts, lengths, window, softcap, scale)
     if doc_start is None and window is None and softcap is None and (Tq == 1 or Tq == Tk >= 256):
         # PyTorch's own: no (Tq, Tk) scores, but slower below 256 (measured: D = 32, fp32, one thread)
@@ -350,16 +362,17 @@ def _attention_cpu(q, k, v, doc_start, window, softcap, scale):
 
 
 def attention(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
-    """Causal attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), H a multiple of Hkv. Returns (B, Tq, H, D) in q's dtype.
+    """Causal attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), H a multiple of Hkv. Returns (B, Tq, H, D).
 
     The queries are the last Tq of the Tk positions: Tq == Tk trains, Tq < Tk decodes with a cache. doc_start (B, Tq) or
-    (B, Tk) int32 holds the first position of each token's document and never decreases along a row; window keeps the last
-    `window` keys of each query, itself included; softcap bounds the scores by softcap * tanh(score / softcap); scale
-    defaults to D ** -0.5. NaN stays in its document. On CUDA, D must be a power of two from 16 to 256.
+    (B, Tk) int32 holds the first position of each token's document and never decreases along a row; a query before its
+    own doc_start (padding on the left) gets zeros. window keeps the last `window` keys of each query, itself included;
+    softcap bounds the scores by softcap * tanh(score / softcap); scale defaults to D ** -0.5. NaN stays in its
+    document. On CUDA, D must be a power of two from 16 to 256.
     """
     (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
     if H % Hkv or Tq > Tk or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}: see the docstring")
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     scale = D**-0.5 if scale is None else scale
     if not use_triton(q):
         return _attention_cpu(q, k, v, doc_start, window, softcap, scale)

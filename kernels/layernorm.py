@@ -3,11 +3,10 @@ LayerNorm without a bias, the norm of Cohere's Command models: (x - mean) / sqrt
 Ba et al. 2016, https://arxiv.org/abs/1607.06450. The mean is subtracted (it is not RMSNorm), var is the mean of squares
 (divided by C, not C - 1), and mean, var and the product with the weight are fp32 with one rounding at the end.
 
-Memory traffic in passes over one (tokens, C) tensor; about 8 FLOPs an element forward:
-
-              eager, the formula op by op                                   fused
-    forward   to fp32, mean, subtract, square and mean, scale, weight: ~12  read 1, write 1 = 2
-    backward  ~20                                                           read 2, write 1 = 3, and (PROGRAMS, C) of dweight
+Memory traffic in passes over one (tokens, C) tensor; about 8 FLOPs an element forward, so memory is all that counts.
+The definition below, op by op, makes 14 passes forward: a read and a write each to convert, subtract the mean, square,
+scale, weight and convert back, and a read for either mean. Fused: forward reads x and writes y; backward reads dy and x
+and writes dx, and PROGRAMS rows of dweight.
 """
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 from ._triton import tl, triton, use_triton
 
-PROGRAMS = 264  # of the backward, two for each of the 132 multiprocessors of an H100 or H200; each keeps one row of dweight
+PROGRAMS = 264  # of the backward: two for each of an H100's 132 multiprocessors; each keeps a row of dweight
 NUM_WARPS = 8
 
 
@@ -95,7 +94,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layernorm(x, weight, eps):
-    """(x - mean) / sqrt(var + eps) * weight over the last axis. x: (..., C), weight: (C,). Returns (..., C) in x's dtype."""
+    """(x - mean) / sqrt(var + eps) * weight over the last axis. x: (..., C), weight: (C,). Returns x's dtype."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must be x's last axis, x is {tuple(x.shape)}")
     if use_triton(x):

@@ -7,8 +7,9 @@ Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864, Eq. 34. Llama pair
 layout, the wrong one for Cohere's weights. A rotation's transpose is the rotation back, so the backward is the same
 kernel with -sin and needs nothing of q and k.
 
-Memory traffic in passes over q and k together: eager multiplies, adds and stacks two halves in fp32, some 10 passes each
-way; fused reads 1, writes 1, and reads the fp32 table of cos and sin once a token. 3 FLOPs an element.
+Memory traffic in passes over q and k together: the definition below converts, takes four products of half the elements,
+two sums, stacks and converts back, each with its own reads and writes; fused reads 1 and writes 1, and reads the fp32
+table of cos and sin once a token. 3 FLOPs an element.
 """
 
 import torch
@@ -89,7 +90,8 @@ class _Rope(torch.autograd.Function):
 def rope(q, k, cos, sin):
     """Rotates q (B, T, H, D) and k (B, T, Hkv, D) by the angles whose fp32 cos and sin are (T, D/2) or (B, T, D/2).
 
-    Returns the rotated q and k in their own dtypes; no gradient flows to cos and sin. The kernel wants D a power of two.
+    Returns the rotated q and k in their own dtypes; no gradient flows to cos and sin. Other D than powers of two take
+    PyTorch's ops on CUDA too.
     """
     D = q.shape[-1]
     if cos.shape != sin.shape or cos.shape[-2:] != (q.shape[1], D // 2) or k.shape[-1] != D or D % 2:

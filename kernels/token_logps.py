@@ -3,18 +3,19 @@ Log-probability of each target token, straight from the hidden states:
 
     token_logps[n] = log_softmax(hidden @ weight.T * logit_scale)[n, targets[n]]
 
-The (N, V) logits are never whole: 8,192 tokens at V = 256,000 would be 8.4 GB in fp32, before any gradient. The vocabulary
-goes by in slices; a running log-sum-exp joins them (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867), and
-because the backward then knows every row's log-sum-exp, its slices are independent too:
+The (N, V) logits are never whole: 8,192 tokens at V = 256,000 would be 8.4 GB in fp32, before any gradient. The
+vocabulary goes by in slices; a running log-sum-exp joins them (Milakov & Gimelshein 2018,
+https://arxiv.org/abs/1805.02867). The backward then knows every row's log-sum-exp, so its slices are independent too:
 
-    dlogits = g logit_scale (onehot(target) - exp(logit - lse)),  dhidden = dlogits @ weight,  dweight = dlogits.T @ hidden
+    dlogits = g logit_scale (onehot(target) - exp(logit - lse))
+    dhidden = dlogits @ weight,  dweight = dlogits.T @ hidden
 
 Slices of the vocabulary rather than of the rows: each row of dweight is then the result of ONE matmul over all N, whose
 accumulator is fp32, so no fp32 copy of the whole weight gradient (4.2 GB at 256,000 x 4,096) is held or re-read.
 
-FLOPs: 2NCV forward, 6NCV backward (the logits again, dhidden, dweight); one weight read each. Memory: SLICE fp32 logits and
-their dlogits in hidden's dtype, instead of eager's three to four fp32 (N, V). The matmuls are cuBLAS; Triton does the passes
-between, each one read of a slice (and one write, backward).
+FLOPs: 2NCV forward, 6NCV backward (the logits again, dhidden, dweight). Memory: SLICE fp32 logits, their dlogits in
+hidden's dtype and an fp32 dhidden, where eager holds logits, log-probs and their gradients whole. The matmuls are
+cuBLAS; Triton does the passes between: one read of the logits forward; one read, and one write of dlogits, backward.
 """
 
 import torch
@@ -69,7 +70,7 @@ def _slice_gradient(
 
 
 def _matmul_fp32(a, b):
-    """a @ b with an fp32 result: cuBLAS rounds nothing to 16 bits on the way out. A CPU has no such matmul, so it converts."""
+    """a @ b with an fp32 result: cuBLAS rounds nothing to 16 bits on the way out. A CPU lacks that, so it converts."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
@@ -95,7 +96,8 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, dlogps):
         hidden, weight, targets, lse = ctx.saved_tensors
         dlogps, (N, V) = dlogps.contiguous(), (len(hidden), len(weight))
-        dhidden, dweight = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32)
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for start, words in _slices(N, V):
             weight_slice = weight[start : start + words]
             logits = _matmul_fp32(hidden, weight_slice.T)
@@ -105,13 +107,14 @@ class _TokenLogps(torch.autograd.Function):
             )
             del logits
             dhidden += _matmul_fp32(dlogits, weight_slice)
-            torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
+            if dweight is not None:
+                torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
             del dlogits
         return dhidden.to(hidden.dtype), dweight, None, None
 
 
 def _slices(N, V):
-    """(start, words) of each slice of the vocabulary: a multiple of 128 words, for the matmuls' tiles, but at the end."""
+    """(start, words) of each slice of the vocabulary: a multiple of 128 words, for the matmuls, but at the end."""
     words = max(128, SLICE // max(N, 1) // 128 * 128)
     return [(start, min(words, V - start)) for start in range(0, V, words)]
 
@@ -139,7 +142,7 @@ class _TokenLogpsCPU(torch.autograd.Function):
         for rows in _TokenLogpsCPU.chunks(hidden):
             h, t, g = hidden[rows], targets[rows], dlogps[rows, None] * ctx.logit_scale
             exps, total = kept if kept[0] is not None else _TokenLogpsCPU.chunk(h, weight, t, ctx.logit_scale)[1]
-            # dlogits = g onehot - (g / total) exps: each part goes through the matmuls by itself, the sum is never formed
+            # dlogits = g onehot - (g / total) exps: each part goes through the matmuls alone, the sum is never formed
             dhidden[rows] = torch.addcmul(g * weight[t], exps @ weight, -g / total)
             dweight.addmm_(exps.T, h * (-g / total)).index_add_(0, t, h * g)
         return dhidden, dweight, None, None
@@ -161,8 +164,8 @@ class _TokenLogpsCPU(torch.autograd.Function):
 def token_logps(hidden, weight, targets, logit_scale=1.0):
     """Log-probability of targets (N,) int64 under hidden (N, C) and the head weight (V, C). Returns (N,) fp32.
 
-    Gradients flow to hidden and weight, each in its own dtype. Drop positions that carry no loss before the call: here they
-    would cost as much as the others. Targets must lie in [0, V); -100 and the like are the caller's to remove.
+    Gradients flow to hidden and weight, each in its own dtype. Drop positions that carry no loss before the call: here
+    they would cost as much as the others. Targets must lie in [0, V); -100 and the like are the caller's to remove.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(

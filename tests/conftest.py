@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter: numpy, on the CPU. It must be asked for before triton loads."""
+"""Without a GPU the Triton kernels run in Triton's interpreter: numpy on the CPU, asked for before triton loads."""
 
 import os
 
@@ -11,9 +11,9 @@ if INTERPRETED:
 
 
 def mend_interpreter():
-    """The interpreter keeps bf16 as uint16 bit patterns, and silently multiplies the patterns in tl.dot and truncates fp32
-    to bf16 where a GPU rounds to nearest even. Loops with a runtime bound fail in triton 3.6 with numpy >= 2.4. And every
-    call of one jitted function by another patches triton.language anew, which takes most of the time: once is enough.
+    """The interpreter keeps bf16 as uint16 bit patterns, and silently multiplies the patterns in tl.dot and truncates
+    fp32 to bf16 where a GPU rounds to nearest even. Loops with a runtime bound fail in triton 3.6 with numpy >= 2.4.
+    Every call of one jitted function by another patches triton.language anew, half of all the time: once is enough.
 
     Private API, the same in triton 3.6 and 3.9; test_kernels.py::test_interpreter_is_mended notices if it moves.
     """

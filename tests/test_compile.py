@@ -3,8 +3,8 @@ Every kernel compiled for an H100 or H200 (sm_90), at the shapes of aya-expanse-
 
     python tests/test_compile.py      # one JSON line a kernel: registers, spills, shared memory, instructions
 
-triton ships the assembler and disassembler. The operations run on meta tensors with a driver that only says "sm_90", so each
-kernel is compiled for the very arguments of its launch. What this cannot show: wrong results, races, time.
+triton ships the assembler and disassembler. The operations run on meta tensors with a driver that only says "sm_90", so
+each kernel is compiled for the very arguments of its launch. What this cannot show: wrong results, races, time.
 """
 
 import json
@@ -81,7 +81,8 @@ def compile_all():
     both_ways("swiglu", meta(1003), meta(1003))
 
 
-FUNCTIONS = dict(swiglu="_SwiGLU", rope="_Rope", layernorm="_LayerNorm", token_logps="_TokenLogps", attention="_Attention")
+FUNCTIONS = {"swiglu": "_SwiGLU", "rope": "_Rope", "layernorm": "_LayerNorm", "token_logps": "_TokenLogps",
+             "attention": "_Attention"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_matmuls_run_on_hopper_tensor_cores(compiled):
 
 def test_elementwise_kernels_move_128_bits_at_a_time(compiled):
     # (loads, stores) that may be narrower: a row's mean and rstd; its lse, target, picked logit or upstream gradient
-    narrow = {"_layernorm_forward": (0, 2), "_layernorm_backward": (2, 0), "_fold_slice": (3, 2), "_slice_gradient": (3, 0)}
+    narrow = {"_layernorm_forward": (0, 2), "_layernorm_backward": (2, 0), "_fold_slice": (3, 2),
+              "_slice_gradient": (3, 0)}  # fmt: skip
     for (kernel, case), row in compiled.items():
         if case == "" and not kernel.startswith("_attention"):
             loads, stores = narrow.get(kernel, (0, 0))

@@ -255,10 +255,11 @@ def test_command_line(folder):
     cut_off = sum(not r["ended"] for r in rows)
     assert 0 < cut_off and f"15 completions of 5 prompts -> {out} ({cut_off} cut off at 30 tokens)" in done.stdout
 
-    chat = Chat(folder / "model")
-    again = complete(load(folder / "model"), chat, tiny.read(folder / "prompts.jsonl"), 30, 1.5, samples=3, seed=4,
-                     teacher="model")
-    assert again == rows
+    chat, model = Chat(folder / "model"), load(folder / "model")
+    prompts = [chat.prompt_ids(r["prompt"]) for r in tiny.read(folder / "prompts.jsonl")]
+    drawn = generate(model, prompts, 30, 1.5, samples=3, stop_ids={chat.end}, seed=4, vocab_size=chat.vocab_size)
+    expected = [(chat.decode(ids), ids[-1] == chat.end) for row in drawn for ids in row]
+    assert [(r["completion"], r["ended"]) for r in rows] == expected
     assert not any(token in r["completion"] for r in rows for token in ("<|", "<PAD>", "<BOS_TOKEN>"))
 
 
