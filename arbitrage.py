@@ -27,7 +27,7 @@ from common import die, parse_config, print0
 from data import Chat, read_rows, write_rows
 from generate import complete
 from model import load
-from reward import best_and_worst, load_reward_model, score
+from reward import best_against_worst, load_reward_model, preference_row, score, usable
 
 ROUTERS = ("reward", "fixed", "single", "random")
 
@@ -70,7 +70,7 @@ def by_prompt(completions):
     groups = {}
     for row in completions:
         group = groups.setdefault(row["id"], [])
-        if row.get("ended", True) and row["completion"].strip():
+        if usable(row):
             group.append(row)
     return groups
 
@@ -105,13 +105,10 @@ def preference_rows(groups, margin):
     """Best against worst of the pool per prompt: chosen, rejected and their rewards."""
     pairs = []
     for group in groups.values():
-        found = best_and_worst([r["reward"] for r in group], margin) if group else None
-        if found and group[found[0]]["completion"].strip() != group[found[1]]["completion"].strip():
-            best, worst = group[found[0]], group[found[1]]
-            pairs.append({"id": best["id"], "language": best["language"], "prompt": best["prompt"],
-                          "chosen": best["completion"], "rejected": worst["completion"],
-                          "chosen_reward": best["reward"], "rejected_reward": worst["reward"],
-                          "chosen_teacher": best["teacher"], "rejected_teacher": worst["teacher"]})
+        if found := best_against_worst(group, margin):
+            best, worst = found
+            pairs.append(preference_row(best, worst)
+                         | {"chosen_teacher": best["teacher"], "rejected_teacher": worst["teacher"]})
     return pairs
 
 
@@ -135,7 +132,7 @@ def main(cfg):
         share = shares.setdefault(row["language"], {})
         share[row["teacher"]] = share.get(row["teacher"], 0) + 1
     report = {"router": cfg.router, "prompts": len(groups), "routed": len(chosen), "pairs": len(pairs),
-              "unusable": sum(not (r.get("ended", True) and r["completion"].strip()) for r in completions),
+              "unusable": sum(not usable(r) for r in completions),
               "teacher_mean_reward": mean_rewards(completions), "router_mean_reward": {},
               "teacher_share": {l: {t: n / sum(s.values()) for t, n in s.items()} for l, s in shares.items()}}
     for router in ROUTERS:  # over the prompts it found a usable completion for; None: it found none

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common import atomic_file, die
+from common import atomic_file, die, print0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # languages: Aya Expanse's 23, Chinese in both scripts. code -> (English name, family)
@@ -279,6 +279,19 @@ def drop_long(examples, max_tokens, languages):
         else:
             dropped[languages[i]] = dropped.get(languages[i], 0) + 1
     return kept, dropped
+
+
+def encode_pairs(chat, rows, max_tokens):
+    """
+    Preference rows -> [(chosen, rejected) examples] and the length of each pair's longer side. A pair with a side over
+    max_tokens is dropped; how many were, per language, is printed.
+    """
+    pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"])) for r in rows]
+    longer = [max(pair, key=lambda e: len(e.ids)) for pair in pairs]
+    kept, dropped = drop_long(longer, max_tokens, [r["language"] for r in rows])
+    if dropped:
+        print0(f"dropped {sum(dropped.values())} pairs longer than {max_tokens} tokens: {dropped}")
+    return [pairs[i] for i in kept], [len(longer[i].ids) for i in kept]
 
 
 def pad_batch(examples, pad, device=None):

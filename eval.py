@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
-import reward
 from common import atomic_dir, die, init_distributed, parse_config, print0
 from data import Chat, read_jsonl, read_rows, write_rows
 from model import load
 from reward import load_reward_model
+from reward import score as reward_score
 from tasks import mini
 
 TASKS = {"mini": mini}
@@ -77,7 +77,7 @@ def main(cfg):
     score = None
     if cfg.reward_model:
         arbiter, chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
-        score = lambda pairs: reward.score(arbiter, chat, pairs)
+        score = lambda pairs: reward_score(arbiter, chat, pairs)
     for path in cfg.model:
         evaluate(cfg, path, Path(cfg.out) / Path(path).name if len(cfg.model) > 1 else Path(cfg.out), device, score)
 

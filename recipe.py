@@ -64,7 +64,6 @@ SMOKE = MINI | {
 
 def mini_plan(out, seed, sizes, ranks, preset, controls):
     """[(stage, [[command, ...], ...])] for the miniature; `ranks` > 1 trains under torchrun."""
-    python = PYTHON
     train = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else PYTHON
     clusters = {c: CLUSTERS[c] for members in sizes["groups"].values() for c in members}
     groups = {g: " ".join(dict.fromkeys(l for c in members for l in CLUSTERS[c]))
@@ -75,14 +74,14 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
     rm_samples = " ".join(f"{out}/rm-samples/{m}.jsonl" for m in ["base", *clusters])
 
     def merge(name, parts):
-        return f"{python} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} --out {out}/{name} --overwrite"
+        return f"{PYTHON} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} --out {out}/{name} --overwrite"
 
     def evaluate(models, limit=""):
-        return (f"{python} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
+        return (f"{PYTHON} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
                 f"--reward_model {out}/rm --out {out}/eval{limit}")
 
     stages = [
-        ("data", [[f"{python} -m mini.prepare --out {out} --seed {seed} --rounds {sizes['rounds']} "
+        ("data", [[f"{PYTHON} -m mini.prepare --out {out} --seed {seed} --rounds {sizes['rounds']} "
                    f"{sizes['prepare']}"]]),
         ("base", [[f"{train} train_sft.py --model new --tokenizer {out}/tokenizer --data {data}/base.jsonl "
                    f"--out {out}/base --seed {seed} {sizes['model']} {sizes['base']}"]]),
@@ -92,21 +91,21 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
         # the Arbiter must know more than the policy: its backbone is the base trained longer, on all languages
         ("rm", [[f"{train} train_sft.py --model {out}/base --data {data}/base.jsonl --out {out}/rm-base "
                  f"--seed {seed + 1} {sizes['arbiter']}",
-                 *(f"{python} generate.py --model {out}/teacher-{cluster} --prompts {data}/rm_prompts.jsonl "
+                 *(f"{PYTHON} generate.py --model {out}/teacher-{cluster} --prompts {data}/rm_prompts.jsonl "
                    f"--languages {' '.join(languages)} --samples 3 --temperature 1.0 --max_new_tokens 24 "
                    f"--seed {seed} --out {out}/rm-samples/{cluster}.jsonl" for cluster, languages in clusters.items()),
-                 f"{python} generate.py --model {out}/base --prompts {data}/rm_prompts.jsonl "
+                 f"{PYTHON} generate.py --model {out}/base --prompts {data}/rm_prompts.jsonl "
                  f"--samples 1 --temperature 1.0 --max_new_tokens 24 "
                  f"--seed {seed} --out {out}/rm-samples/base.jsonl"],
-                [f"{python} -m mini.pairs --rows {data}/rm_rows.jsonl --samples {rm_samples} "
+                [f"{PYTHON} -m mini.pairs --rows {data}/rm_rows.jsonl --samples {rm_samples} "
                  f"--out {out}/rm-pairs --seed {seed}"],
                 [f"{train} train_rm.py --model {out}/rm-base --pairs {out}/rm-pairs/pairs.jsonl --out {out}/rm "
                  f"--seed {seed} {sizes['rm']}"],
-                [f"{python} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit "
+                [f"{PYTHON} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit "
                  f"--out {out}/rm-audit.json"]]),
         ("arbitrage", [[f"{train} arbitrage.py --prompts {data}/arbitrage.jsonl --teachers {pool} "
                         f"--reward_model {out}/rm --router reward --out {out}/arbitrage --seed {seed}"],
-                       [f"{python} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router {router} "
+                       [f"{PYTHON} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router {router} "
                         f"--out {out}/arbitrage-{router} --seed {seed}" for router in ("single", "fixed")]]),
     ]
     for name, folder in (("sft", "arbitrage"), ("sft-single", "arbitrage-single")):
@@ -127,7 +126,7 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
              f"--languages {languages} --reward_model {out}/rm --out {out}/{name}-{group} "
              f"--seed {seed + number} {sizes['online']}" for group, languages in groups.items()],
             [merge(name, [f"{name}-{g}" for g in groups])],
-            [f"{python} -m mini.best_of_k --completions {completions} --references {data}/references.jsonl "
+            [f"{PYTHON} -m mini.best_of_k --completions {completions} --references {data}/references.jsonl "
              f"--out {out}/{name}-best-of-k.json"]]))
         policy = name
     if controls:  # is offline DPO needed before online DPO?
@@ -142,8 +141,8 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
     halves = lambda names, limit="": [evaluate(names[::2], limit), evaluate(names[1::2], limit)]
     side = [*teachers, *parts]
     stages.append(("eval", [halves(main) + halves(side, sizes["limit"]) if sizes["limit"] else halves(main + side)]))
-    stages.append(("report", [[f"{python} -m mini.summary --run {out} --preset {preset} --seed {seed}"],
-                              [f"{python} report.py --run {out}"]]))
+    stages.append(("report", [[f"{PYTHON} -m mini.summary --run {out} --preset {preset} --seed {seed}"],
+                              [f"{PYTHON} report.py --run {out}"]]))
     return stages
 
 

@@ -139,6 +139,28 @@ def best_and_worst(rewards, margin=0.0):
     return (best, worst) if rewards[best] - rewards[worst] > margin else None
 
 
+def usable(row):
+    """May this completion row be routed or preferred? It ended by itself and says something."""
+    return bool(row.get("ended", True) and row["completion"].strip())
+
+
+def best_against_worst(rows, margin=0.0):
+    """Usable, scored completion rows of one prompt -> (best, worst) row; None for a tie, or texts that are the same."""
+    rows = list(rows)
+    found = best_and_worst([r["reward"] for r in rows], margin) if rows else None
+    if not found:
+        return None
+    best, worst = rows[found[0]], rows[found[1]]
+    return (best, worst) if best["completion"].strip() != worst["completion"].strip() else None
+
+
+def preference_row(best, worst):
+    """Two scored completion rows of one prompt -> a preference row with both rewards."""
+    return {"id": best["id"], "language": best["language"], "prompt": best["prompt"],
+            "chosen": best["completion"], "rejected": worst["completion"],
+            "chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
+
+
 def audit(rows, chosen, rejected):
     """
     Preference rows and their rewards -> {language or "all": accuracy (ties half), mean and spread of rewards,

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 import common
 from common import die, parse_config, print0
-from data import Chat, batch_order, drop_long, encode_row, pad_batch, read_mixture, read_rows, write_rows
+from data import Chat, batch_order, encode_pairs, pad_batch, read_mixture, read_rows, write_rows
 from generate import complete
 from model import load, write_checkpoint
-from reward import best_and_worst, load_reward_model, score
+from reward import best_against_worst, load_reward_model, preference_row, score, usable
 
 
 @dataclass
@@ -108,13 +108,8 @@ def online_pairs(cfg, policy, chat, reward_model, reward_chat, rows, seed):
     done = [row | {"reward": reward} for row, reward in zip(done, rewards)]
     pairs = []
     for begin in range(0, len(rows) * cfg.samples, cfg.samples):
-        group = [r for r in done[begin:begin + cfg.samples] if r["ended"] and r["completion"].strip()]
-        found = best_and_worst([r["reward"] for r in group], cfg.margin) if group else None
-        if found and group[found[0]]["completion"].strip() != group[found[1]]["completion"].strip():
-            best, worst = group[found[0]], group[found[1]]
-            pairs.append({"id": best["id"], "language": best["language"], "prompt": best["prompt"],
-                          "chosen": best["completion"], "rejected": worst["completion"],
-                          "chosen_reward": best["reward"], "rejected_reward": worst["reward"]})
+        if found := best_against_worst(filter(usable, done[begin:begin + cfg.samples]), cfg.margin):
+            pairs.append(preference_row(*found))
     return done, pairs
 
 
@@ -171,13 +166,7 @@ def main(cfg):
                 if cfg.margin:
                     rows = [r for r in rows
                             if r.get("chosen_reward", cfg.margin + 1) - r.get("rejected_reward", 0) > cfg.margin]
-            pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"]))
-                     for r in rows]
-            longer = [max(pair, key=lambda e: len(e.ids)) for pair in pairs]
-            kept, dropped = drop_long(longer, cfg.max_tokens, [r["language"] for r in rows])
-            pairs, lengths = [pairs[i] for i in kept], [len(longer[i].ids) for i in kept]
-            if dropped:
-                print0(f"dropped {sum(dropped.values())} pairs longer than {cfg.max_tokens} tokens: {dropped}")
+            pairs, lengths = encode_pairs(chat, rows, cfg.max_tokens)
             if not pairs:
                 die(f"no pairs to train on (round {round_number}): every prompt was a tie, or the files hold none")
 

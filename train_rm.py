@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import common
 from common import die, parse_config, print0
-from data import Chat, batch_order, drop_long, encode_row, pad_batch, read_rows
+from data import Chat, batch_order, encode_pairs, pad_batch, read_rows
 from reward import new_reward_model, write_reward_model
 
 
@@ -57,17 +57,11 @@ def main(cfg):
 
     # 2) pairs
     rows = read_rows(cfg.pairs, "preferences")
-    pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"])) for r in rows]
-    longer = [max(pair, key=lambda e: len(e.ids)) for pair in pairs]
-    kept, dropped = drop_long(longer, cfg.max_tokens, [r["language"] for r in rows])
-    pairs = [pairs[i] for i in kept]
-    if dropped:
-        print0(f"dropped {sum(dropped.values())} pairs longer than {cfg.max_tokens} tokens: {dropped}")
+    pairs, lengths = encode_pairs(chat, rows, cfg.max_tokens)
     if not pairs:
         die(f"no pairs left to train on in {cfg.pairs}")
     if cfg.batch_size % common.world():
         die(f"--batch_size {cfg.batch_size} must be a multiple of the {common.world()} ranks")
-    lengths = [len(longer[i].ids) for i in kept]
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch_size))
     print0(f"{len(pairs)} pairs, {max_steps} steps of {cfg.batch_size}")
 

@@ -2,7 +2,7 @@
 Which of the 23 languages is this? Naive Bayes over character n-grams, fitted on the shipped text when it is first used.
 
 Good enough to notice an answer in the wrong language; short answers that two languages share (Chinese numbers in both
-scripts and in Japanese) cannot be told apart by anybody. tests/test_mini_langid.py says how often it is right.
+scripts and in Japanese) cannot be told apart by anybody. tests/test_eval.py says how often it is right.
 """
 
 import functools

@@ -37,12 +37,12 @@ class Config:
     seed: int = 0  # of the order of items
 
 
-def split_rows(cfg, split):
+def split_rows(cfg, made, split):
     """Rows of a split, item by item in a shuffled order, so that a prefix holds the same items in every language."""
-    made = rows(split, tuple(cfg.tasks), tuple(cfg.languages))
     items = {}
     for row in made:
-        items.setdefault(item_of(row), []).append(row)
+        if row["split"] == split:
+            items.setdefault(item_of(row), []).append(row)
     names = sorted(items)
     random.Random(f"{cfg.seed} {split}").shuffle(names)
     return [row for name in (names[:cfg.items] if cfg.items else names) for row in items[name]]
@@ -50,7 +50,8 @@ def split_rows(cfg, split):
 
 def main(cfg):
     out = Path(cfg.out)
-    teacher, rm, prefer, test = (split_rows(cfg, s) for s in ("teacher", "rm", "prefer", "test"))
+    made = rows(tasks=tuple(cfg.tasks), languages=tuple(cfg.languages))
+    teacher, rm, prefer, test = (split_rows(cfg, made, s) for s in ("teacher", "rm", "prefer", "test"))
     udhr = [r for r in load_udhr(range(0, 25)) if r["language"] in cfg.languages]
 
     def sft(made):

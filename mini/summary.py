@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import atomic_file, die, git_commit, hardware, parse_config
 from data import read_jsonl, read_rows
-from tasks.mini import clustered_interval, judge, normal
+from tasks.mini import clustered_interval, normal, win_scores
 
 MERGED = ("sft", "offline-dpo", "online-1", "online-2", "online-3")  # stages that are merged from parts
 ORDER = ("sft-single", "sft", "offline-dpo", "online-only", "online-1", "online-2", "online-3")
@@ -30,13 +30,11 @@ class Config:
 
 def win_rate(mine, theirs):
     """Samples of two models -> ([mean, low, high], {language: mean}) over the rows that both answered."""
-    other = {s["id"]: s["completion"] for s in theirs}
-    both = [s for s in mine if s["id"] in other]
-    scores = [judge(s["completion"], other[s["id"]], s["reference"]) for s in both]
+    both = [(s, score) for s, score in zip(mine, win_scores(mine, theirs)) if score is not None]
     by_language = {}
-    for s, score in zip(both, scores):
+    for s, score in both:
         by_language.setdefault(s["language"], []).append(score)
-    return (list(clustered_interval(scores, [s["item"] for s in both])),
+    return (list(clustered_interval([score for _, score in both], [s["item"] for s, _ in both])),
             {language: statistics.fmean(v) for language, v in by_language.items()})
 
 
@@ -137,11 +135,9 @@ def markdown(results):
 
 def main(cfg):
     run = Path(cfg.run)
-    if not (run / "eval").is_dir():
-        die(f"{run}/eval not found: run `python recipe.py` first")
     samples = {p.parent.name: [row for row, _ in read_jsonl(p)] for p in sorted(run.glob("eval/*/samples_mini.jsonl"))}
-    if {p.name for p in (run / "eval").iterdir() if p.is_dir()} < {"base", "sft", "sft-single", "offline-dpo"}:
-        die(f"{run}/eval lacks stages: run `python recipe.py` to its end")
+    if lost := {"base", "sft", "sft-single", "offline-dpo"} - samples.keys():
+        die(f"{run}/eval lacks {', '.join(sorted(lost))}: run `python recipe.py` to its end")
     table = {name: json.loads((run / "eval" / name / "results.json").read_text(encoding="utf-8"))["results"]["mini"]
              for name in samples}
     seconds = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in (run / "stages").glob("*.json")}

@@ -12,6 +12,7 @@ The miniature's own benchmark: held-out items, one right answer each, in every l
 Items are shared by the languages, so intervals resample items, not rows (clustered bootstrap).
 """
 
+import functools
 import random
 import unicodedata
 from collections import Counter
@@ -52,6 +53,12 @@ def judge(a, b, reference):
     return 0.5 if score[0] == score[1] else float(score[0] > score[1])
 
 
+def win_scores(mine, theirs):
+    """Samples of two models -> the judge's verdict on each of `mine`; None where the other model was not asked."""
+    other = {s["id"]: s["completion"] for s in theirs}
+    return [judge(s["completion"], other[s["id"]], s["reference"]) if s["id"] in other else None for s in mine]
+
+
 def clustered_interval(values, clusters, seed=0, resamples=2000):
     """
     Mean of `values` and its 95 % percentile interval when whole clusters are drawn with replacement:
@@ -86,6 +93,12 @@ def side_rows(rows):
     return found
 
 
+@functools.cache
+def shipped_wrong_answers():
+    """Read once, not once a model: eval.py runs many in one process."""
+    return WrongAnswers(load_items())
+
+
 @torch.no_grad()
 def minimal_pairs(model, chat, rows, batch_size=128):
     """
@@ -93,7 +106,7 @@ def minimal_pairs(model, chat, rows, batch_size=128):
     reference a higher mean log-prob per token: -> list of floats (None where the item has no near miss, and behind the
     first SIDE_ROWS rows of a language).
     """
-    wrong, device = WrongAnswers(load_items()), next(model.parameters()).device
+    wrong, device = shipped_wrong_answers(), next(model.parameters()).device
     found, jobs = [None] * len(rows), []
     for i in side_rows(rows):
         row = rows[i]
@@ -122,10 +135,8 @@ def per_language(samples, pairs, baselines, identify):
     for s, pair in zip(samples, pairs):
         s["minimal_pair"], s["language_seen"] = pair, identify(s["completion"])
     for name, other in baselines.items():
-        theirs = {s["id"]: s["completion"] for s in other}
-        for s in samples:
-            answered = s["id"] in theirs
-            s[f"win_rate_{name}"] = judge(s["completion"], theirs[s["id"]], s["reference"]) if answered else None
+        for s, score in zip(samples, win_scores(samples, other)):
+            s[f"win_rate_{name}"] = score
     table = {}
     for language in ["all", *dict.fromkeys(s["language"] for s in samples)]:
         at = [s for s in samples if language in ("all", s["language"])]

@@ -777,7 +777,7 @@ import sys, threading, time
 sys.path.insert(0, {root!r})
 import merge
 def now(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+    return next(int(line.split()[1]) for line in open("/proc/self/status", encoding="utf-8") if line.startswith(key)) * 1024
 peak = {{}}
 def watch():
     while True:
