@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
+from chat import Chat
 from common import die, parse_config, print0
-from data import Chat, read_rows, write_rows
+from data import read_rows, write_rows
 from generate import complete
 from model import load
 from reward import best_against_worst, load_reward_model, preference_row, score, usable

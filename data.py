@@ -1,5 +1,5 @@
 """
-Text in, token ids out: the 23 languages, the tokenizer and its chat template, JSONL rows, loss masks, batches.
+Rows in, batches out: the 23 languages, JSONL rows and their checks, mixtures, loss masks, padding and packing.
 
 A row of data is one JSON object a line (the table is in README.md). Everything that can be wrong with a line is said
 with its file and line number. Order is a pure function of (seed, step), so a run can be repeated or continued exactly.
@@ -7,12 +7,9 @@ with its file and line number. Order is a pure function of (seed, step), so a ru
 
 import json
 import random
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import atomic_file, die, print0
 
@@ -37,104 +34,9 @@ CLUSTERS = {"western": ["de", "nl", "it", "pt", "ro"] + SHARED, "eastern": ["cs"
             "asian": ["zh", "zh-Hant", "ja", "ko", "vi", "id"] + SHARED}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizer and chat template
-
-SPECIAL = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
-           "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
-           "<|SYSTEM_TOKEN|>"]  # Aya's names; the first eight also have Aya's ids
-ROLES = {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"}
-
-# A word keeps its combining marks (\p{M}: Hindi, Arabic; \u200c joins Persian), a digit is always a token of its own.
-WORD_PATTERN = r" ?[\p{L}\p{M}\u200c]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>"
-    "{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'].strip() }}"
-    "{% elif m['role'] == 'assistant' %}<|CHATBOT_TOKEN|>{{ m['content'].strip() }}"
-    "{% else %}<|SYSTEM_TOKEN|>{{ m['content'] }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
-    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}")  # what Aya Expanse renders
-
-
-def train_tokenizer(texts, vocab_size, folder):
-    """Byte-level BPE over an iterable of strings, written as tokenizer.json and tokenizer_config.json into `folder`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    with atomic_file(Path(folder) / "tokenizer.json") as f:
-        f.write(tokenizer.to_str(pretty=False))
-    with atomic_file(Path(folder) / "tokenizer_config.json") as f:
-        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>", "pad_token": "<PAD>",
-                   "eos_token": "<|END_OF_TURN_TOKEN|>", "clean_up_tokenization_spaces": False,
-                   "chat_template": CHAT_TEMPLATE}, f, indent=2)
-
-
-class Chat:
-    """
-    A checkpoint folder's tokenizer and Aya's chat template, built from pieces: text is encoded piece by piece, so that
-    no prompt can merge with, or forge, a role token, and what is trained is exactly the completion and its end of turn.
-    """
-
-    def __init__(self, folder):
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists():
-            die(f"{path} not found: a checkpoint folder carries its tokenizer")
-        self.tokenizer = Tokenizer.from_file(str(path))
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        ids = {t: self.tokenizer.token_to_id(t) for t in SPECIAL}
-        needed = ["<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", *ROLES.values()]
-        if lost := [t for t in needed if ids[t] is None]:
-            die(f"{path} has no token {lost[0]}: only tokenizers with Aya's chat template are supported")
-        self.pad, self.bos, self.eos = ids["<PAD>"], ids["<BOS_TOKEN>"], ids["<EOS_TOKEN>"]
-        self.start, self.end = ids["<|START_OF_TURN_TOKEN|>"], ids["<|END_OF_TURN_TOKEN|>"]
-        self.role = {role: ids[token] for role, token in ROLES.items()}
-        self.special = {i for i in ids.values() if i is not None}
-        self.cache = {}  # prompts repeat: K samples, several epochs, several scorers
-
-    def encode(self, text):
-        """Ids of plain text. Special tokens spelled out in the text stay text: users cannot forge a turn."""
-        if text not in self.cache:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            if not self.special.isdisjoint(ids):
-                ids = [i for part in self._split_special(text) for i in
-                       self.tokenizer.encode(part, add_special_tokens=False).ids]
-            self.cache[text] = ids
-        return self.cache[text]
-
-    def _split_special(self, text):
-        """Cuts after the first character of every special token's spelling, so that none of them is whole."""
-        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, SPECIAL)), text)]
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
-
-    def messages(self, prompt):
-        """A prompt is a string (one user turn) or a list of {"role", "content"} messages."""
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-    def turn(self, role, content):
-        return [self.start, self.role[role], *self.encode(content if role == "system" else content.strip()), self.end]
-
-    def prompt_ids(self, prompt):
-        """One BOS, the turns so far, and the header of the assistant's turn: what generation starts from."""
-        turns = [self.turn(m["role"], m["content"]) for m in self.messages(prompt)]
-        return [self.bos, *[i for t in turns for i in t], self.start, self.role["assistant"]]
-
-    def completion_ids(self, completion):
-        """The trained part: the text, stripped as the template strips it, and the end of the turn."""
-        return [*self.encode(completion.strip()), self.end]
-
-    def decode(self, ids):
-        """Text of generated ids up to the end of the turn; role tokens never reach the reader."""
-        ids = ids[:ids.index(self.end)] if self.end in ids else ids
-        return self.tokenizer.decode([i for i in ids if i not in self.special], skip_special_tokens=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # rows
 
+ROLES = ("system", "user", "assistant")
 FIELDS = {"prompts": ("id", "language", "prompt"), "sft": ("language", "prompt", "completion"),
           "preferences": ("language", "prompt", "chosen", "rejected"),
           "completions": ("id", "language", "prompt", "completion")}
@@ -157,7 +59,7 @@ def check_row(row, kind, where):
             die(f"{where}: the row has no {name!r}; {kind} rows have {', '.join(fields)}")
         if name == "messages" or (name == "prompt" and isinstance(value, list)):
             good = isinstance(value, list) and value and all(
-                isinstance(m, dict) and m.get("role") in tuple(ROLES) and isinstance(m.get("content"), str)
+                isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
                 and (m["content"].strip() or m["role"] == "system") for m in value)
             if not good or (name == "messages" and value[-1]["role"] != "assistant"):
                 die(f"{where}: {name!r} must be a list of messages with a role (system, user, assistant) and a content "
@@ -258,16 +160,12 @@ def encode_row(chat, prompt, completion):
 def encode_sft(chat, row):
     """{"prompt","completion"}, {"messages"} (every assistant turn is trained) or {"text"} (all of it, then EOS)."""
     if "text" in row:
-        ids = [chat.bos, *chat.encode(row["text"]), chat.eos]
-        return Example(ids, [False] + [True] * (len(ids) - 1))
+        bos = [] if chat.bos is None else [chat.bos]
+        text = [*chat.encode(row["text"]), *([] if chat.eos is None else [chat.eos])]
+        return Example(bos + text, [False] * len(bos) + [True] * len(text))
     if "messages" not in row:
         return encode_row(chat, row["prompt"], row["completion"])
-    ids, mask = [chat.bos], [False]
-    for m in row["messages"]:
-        turn = chat.turn(m["role"], m["content"])
-        ids += turn
-        mask += [False, False] + [m["role"] == "assistant"] * (len(turn) - 2)  # a turn opens with two header tokens
-    return Example(ids, mask)
+    return Example(*chat.messages_ids(row["messages"]))
 
 
 def drop_long(examples, max_tokens, languages):

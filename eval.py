@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
+from chat import Chat
 from common import atomic_dir, die, init_distributed, parse_config, print0
-from data import Chat, read_jsonl, read_rows, write_rows
+from data import read_jsonl, read_rows, write_rows
 from model import load
 from reward import load_reward_model
 from reward import score as reward_score

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 import common
+from chat import Chat
 from common import die, init_distributed, parse_config, print0
-from data import Chat, read_rows, write_rows
+from data import read_rows, write_rows
 from model import KVCache, load
 
 
@@ -132,8 +133,8 @@ def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samp
     place = range(common.rank(), len(rows), common.world())
     with common.unsharded(model):
         made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in place], max_new_tokens, temperature, top_p,
-                        samples, {chat.end}, seed, list(place), batch_size, chat.vocab_size)
-    done = [(i, k, chat.decode(ids), ids[-1] == chat.end) for i, completions in zip(place, made)
+                        samples, chat.stop_ids, seed, list(place), batch_size, chat.vocab_size)
+    done = [(i, k, chat.decode(ids), ids[-1] in chat.stop_ids) for i, completions in zip(place, made)
             for k, ids in enumerate(completions)]
     return [{"id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,
              "teacher": teacher, "sample": k, "ended": ended} for i, k, text, ended in sorted(common.gather_list(done))]

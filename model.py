@@ -1,90 +1,47 @@
 """
-The Cohere Command architecture by hand: Command R, Aya 23 and Aya Expanse are this file with other numbers in
-config.json.
+The transformer by hand, Cohere's Command architecture first: Command R, Aya 23 and Aya Expanse are this file with other
+numbers in config.json. The families that people use as teachers and reward models (Command R7B and Tiny Aya, Llama 3,
+Mistral, Qwen2, Qwen3, Gemma 2) are the same few modules with other flags: config.py lists them.
 
-What differs from Llama, in the order of the code: LayerNorm that subtracts the mean and has no bias; attention and MLP
-read the *same* normalised input and are added together (a parallel block); rotary positions on interleaved pairs; the
-head is the embedding matrix (tied) and the logits are multiplied by `logit_scale`. Parameter names are Hugging Face's,
-so a checkpoint folder loads here and in transformers without any conversion.
+What Command does unlike Llama, in the order of the code: LayerNorm that subtracts the mean and has no bias; attention
+and MLP read the *same* normalised input and are added together (a parallel block); rotary positions on interleaved
+pairs; the head is the embedding matrix (tied) and the logits are multiplied by `logit_scale`. Parameter names are
+Hugging Face's, so a checkpoint folder loads here and in transformers without any conversion.
 
 Shapes: B rows, T tokens, C hidden_size, H query heads, Hkv key/value heads, D head width, V vocabulary.
-Sources: transformers' Cohere configuration and checkpoints; parallel block: Wang & Komatsuzaki 2021 (GPT-J);
-RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.13245;
-SwiGLU: Shazeer 2020, arXiv 2002.05202.
+Sources: transformers' configurations and checkpoints; parallel block: Wang & Komatsuzaki 2021 (GPT-J);
+RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.13245; SwiGLU: Shazeer 2020, arXiv
+2002.05202; RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467; soft caps, four norms: Gemma 2, arXiv 2408.00118.
 """
 
-import dataclasses
-import json
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections import Counter
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 
-from common import atomic_dir, die, full_state_dict, is_main
-from kernels import attention, layernorm, rope, swiglu, token_logps
+import checkpoint
+from checkpoint import Checkpoint
+from common import atomic_dir, die, is_main
+from config import LLAMA3, Config
+from kernels import attention, layernorm, rmsnorm, rope, swiglu, token_logps
 
+# ---------------------------------------------------------------------------------------------------------------------
+# modules
 
-@dataclass
-class Config:
-    """config.json, in Hugging Face's words. Values of a model are read from its folder; these defaults are tiny."""
-    vocab_size: int = 4096
-    hidden_size: int = 128  # C
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4  # H
-    num_key_value_heads: int = 2  # Hkv: each key/value head serves H / Hkv query heads
-    intermediate_size: int = 384  # width of the SwiGLU
-    rope_theta: float = 10000.0
-    layer_norm_eps: float = 1e-5
-    logit_scale: float = 0.0625  # Aya Expanse 8B: 0.125, 32B: 0.0625
-    use_qk_norm: bool = False  # per-head LayerNorm of q and k before RoPE (Command R+)
-    max_position_embeddings: int = 8192
-    bos_token_id: int = 5
-    eos_token_id: int = 255001  # end of turn: what a chat completion ends with
-    pad_token_id: int = 0
-    initializer_range: float = 0.02
-
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @staticmethod
-    def from_json(path):
-        """Reads a Hugging Face config.json, in transformers 4's spelling (rope_theta) or 5's (rope_parameters)."""
-        path = Path(path)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            die(f"{path} not found: a checkpoint is a folder with config.json and model.safetensors")
-        except json.JSONDecodeError as e:
-            die(f"{path}:{e.lineno} is not JSON: {e.msg}")
-        if raw.get("model_type") != "cohere":
-            die(f"{path}: model_type {raw.get('model_type')!r} is not supported; this is the Cohere architecture")
-        parameters = raw.get("rope_parameters") or {}
-        if raw.get("rope_scaling") or parameters.get("rope_type", "default") != "default":
-            die(f"{path}: scaled RoPE would change the numbers and is not supported")
-        if raw.get("attention_bias") or not raw.get("tie_word_embeddings", True):
-            die(f"{path}: attention_bias and an untied head are not part of this architecture")
-        if raw.get("hidden_act", "silu") != "silu":
-            die(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; the MLP is SwiGLU (silu)")
-        known = {f.name for f in dataclasses.fields(Config)}
-        values = {k: v for k, v in raw.items() if k in known and v is not None}
-        if "rope_theta" in parameters:
-            values["rope_theta"] = parameters["rope_theta"]
-        values.setdefault("rope_theta", 500000.0)  # transformers' default for this architecture
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        return Config(**values)
-
-    def to_json(self, architecture="CohereForCausalLM", **extra):
-        """The text of a config.json that transformers reads: both spellings of the RoPE base."""
-        values = dataclasses.asdict(self) | {
-            "model_type": "cohere", "architectures": [architecture], "hidden_act": "silu", "attention_bias": False,
-            "attention_dropout": 0.0, "tie_word_embeddings": True, "use_cache": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}} | extra
-        return json.dumps(values, indent=2, sort_keys=True)
+def rope_frequencies(cfg):
+    """
+    (D/2,) fp32: frequency i is theta^(-2i/D), RoPE Eq. 15. With Llama 3.1's scaling, wavelengths above the length it
+    was pretrained on (over low_freq_factor) are stretched by `factor`, short ones stay, and those between are mixed.
+    """
+    frequency = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
+    if cfg.rope_scaling:
+        factor, low, high, length = (cfg.rope_scaling[key] for key in LLAMA3)
+        wavelength = 2 * math.pi / frequency
+        keep = ((length / wavelength - low) / (high - low)).clamp(0, 1)  # 1: not scaled
+        frequency = (1 - keep) * frequency / factor + keep * frequency
+    return frequency
 
 
 class LayerNorm(nn.Module):
@@ -97,34 +54,60 @@ class LayerNorm(nn.Module):
     def forward(self, x):  # (..., C) or (..., H, D)
         if self.weight.ndim == 1:
             return layernorm(x, self.weight, self.eps)
-        x_hat = layernorm(x.float(), torch.ones_like(self.weight[0], dtype=torch.float32), self.eps)
-        return (x_hat * self.weight.float()).to(x.dtype)
+        acc = torch.promote_types(x.dtype, torch.float32)
+        x_hat = layernorm(x.to(acc), torch.ones_like(self.weight[0], dtype=acc), self.eps)
+        return (x_hat * self.weight.to(acc)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square over the last axis and a weight (C,), which Gemma stores minus 1; fp32 inside."""
+
+    def __init__(self, shape, eps, plus_one=False):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(shape) if plus_one else torch.ones(shape)), eps
+        self.plus_one = plus_one
+
+    def forward(self, x):  # (..., C)
+        return rmsnorm(x, self.weight, self.eps, self.plus_one)
+
+
+def make_norm(cfg):
+    kind = cfg.family.norm
+    return (LayerNorm(cfg.hidden_size, cfg.layer_norm_eps) if kind == "layer" else
+            RMSNorm(cfg.hidden_size, cfg.layer_norm_eps, kind == "rms+1"))
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
-        C, D = cfg.hidden_size, cfg.head_dim
+        C, D, family = cfg.hidden_size, cfg.head_dim, cfg.family
         self.n_head, self.n_kv_head, self.head_dim = cfg.num_attention_heads, cfg.num_key_value_heads, D
-        self.q_proj = nn.Linear(C, self.n_head * D, bias=False)
-        self.k_proj = nn.Linear(C, self.n_kv_head * D, bias=False)
-        self.v_proj = nn.Linear(C, self.n_kv_head * D, bias=False)
+        self.q_proj = nn.Linear(C, self.n_head * D, bias=family.qkv_bias)
+        self.k_proj = nn.Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
+        self.v_proj = nn.Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
         self.o_proj = nn.Linear(self.n_head * D, C, bias=False)
-        if cfg.use_qk_norm:
+        if family.qk_norm == "head" and cfg.use_qk_norm:
             self.q_norm = LayerNorm((self.n_head, D), cfg.layer_norm_eps)
             self.k_norm = LayerNorm((self.n_kv_head, D), cfg.layer_norm_eps)
+        elif family.qk_norm == "rms":
+            self.q_norm, self.k_norm = RMSNorm(D, cfg.layer_norm_eps), RMSNorm(D, cfg.layer_norm_eps)
+        self.layer, self.window, self.interleaved = layer, cfg.window(layer), family.interleaved
+        self.has_rope = family.rope_in_full or self.window is not None
+        self.softcap, self.scale = cfg.attn_logit_softcapping, (cfg.query_pre_attn_scalar or D) ** -0.5
 
-    def forward(self, x, cos, sin, doc_start, cache, layer):  # x (B, T, C)
+    def forward(self, x, cos, sin, doc_start, cache):  # x (B, T, C)
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, k, cos, sin)
+        if self.has_rope:
+            q, k = rope(q, k, cos, sin, self.interleaved)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, all tokens so far, Hkv, D)
-        return self.o_proj(attention(q, k, v, doc_start=doc_start).reshape(B, T, -1))
+            k, v = cache.append(self.layer, k, v)  # (B, all tokens so far, Hkv, D)
+        out = attention(q, k, v, doc_start=doc_start, window=self.window, softcap=self.softcap, scale=self.scale)
+        return self.o_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -133,23 +116,37 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gelu = cfg.family.gelu
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up if self.gelu else swiglu(gate, up))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)): one norm, both branches side by side."""
+    """Command: one norm, attention and MLP side by side. Elsewhere one behind the other, each with its own norm."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
-        self.input_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
-        self.self_attn = Attention(cfg)
+        self.parallel, self.post_norms = cfg.family.parallel, cfg.family.post_norms
+        self.input_layernorm = make_norm(cfg)
+        self.self_attn = Attention(cfg, layer)
         self.mlp = MLP(cfg)
+        if not self.parallel:
+            self.post_attention_layernorm = make_norm(cfg)  # Gemma: of what attention returns; others: the MLP's input
+        if self.post_norms:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = make_norm(cfg), make_norm(cfg)
 
-    def forward(self, x, cos, sin, doc_start=None, cache=None, layer=None):
+    def forward(self, x, cos, sin, doc_start=None, cache=None):  # x (B, T, C)
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, cos, sin, doc_start, cache, layer) + self.mlp(h)
+        a = self.self_attn(h, cos, sin, doc_start, cache)
+        if self.parallel:
+            return x + a + self.mlp(h)
+        if self.post_norms:
+            x = x + self.post_attention_layernorm(a)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + a
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Backbone(nn.Module):
@@ -158,8 +155,8 @@ class Backbone(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = make_norm(cfg)
 
 
 class KVCache:
@@ -184,25 +181,32 @@ class KVCache:
 
 
 class Transformer(nn.Module):
+    """A causal language model. `source`: the folder it was loaded from, or None."""
+
+    source, has_head = None, True
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.model = Backbone(cfg)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
     def init_weights(self, seed=0):
-        """Normal(0, initializer_range) for every matrix, the same for a seed on any machine; norms stay 1."""
+        """Normal(0, initializer_range) for every matrix, the same for a seed on any machine; biases 0, norms stay."""
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for p in self.parameters():
-                if p.ndim >= 2 and not (p == 1).all():
+            for name, p in self.named_parameters():
+                if name.endswith("bias"):
+                    p.zero_()
+                elif p.ndim >= 2 and "norm" not in name:
                     p.copy_(torch.randn(p.shape, generator=g) * self.cfg.initializer_range)
         return self
 
     def rope_tables(self, positions):
-        """cos and sin (..., T, D/2) in fp32 of integer positions (..., T); frequency i: theta^(-2i/D), RoPE Eq. 15."""
-        D = self.cfg.head_dim
-        frequency = self.cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-        angle = positions[..., None].float() * frequency
+        """cos and sin (..., T, D/2) of integer positions (..., T), in fp32 (fp64 in an fp64 model)."""
+        acc = torch.promote_types(self.model.embed_tokens.weight.dtype, torch.float32)
+        angle = positions[..., None].to(acc) * rope_frequencies(self.cfg).to(positions.device, acc)
         return angle.cos(), angle.sin()
 
     def hidden(self, ids, positions=None, doc_start=None, cache=None):
@@ -219,13 +223,21 @@ class Transformer(nn.Module):
                 positions = (positions - doc_start[:, past:past + T]).clamp(min=0)
         cos, sin = self.rope_tables(positions)
         x = self.model.embed_tokens(ids)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, doc_start, cache, i)
+        if self.cfg.family.embed_scale:  # rounded to x's dtype first, as Gemma was trained: 55.43 is 55.5 in bfloat16
+            x = x * torch.tensor(self.cfg.hidden_size ** 0.5, dtype=x.dtype).item()
+        for block in self.model.layers:
+            x = block(x, cos, sin, doc_start, cache)
         return self.model.norm(x)
 
+    @property
+    def head(self):
+        """(V, C): a matrix of its own, or the embedding again."""
+        return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, hidden):
-        """(..., C) -> (..., V): the embedding matrix is the head; the scale is part of the architecture."""
-        return hidden @ self.model.embed_tokens.weight.T * self.cfg.logit_scale
+        """(..., C) -> (..., V): the head, the family's scale, and Gemma's soft cap."""
+        logits, cap = hidden @ self.head.T * self.cfg.logit_scale, self.cfg.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, ids, loss_mask=None, doc_start=None):
         """
@@ -246,85 +258,90 @@ class Transformer(nn.Module):
         b, t = loss_mask[:, 1:].nonzero(as_tuple=True)
         rows = b * (T - 1) + t
         trained = hidden[:, :-1].reshape(B * (T - 1), -1).index_select(0, rows)
-        logps = token_logps(trained, self.model.embed_tokens.weight, ids[:, 1:].reshape(-1)[rows],
-                            self.cfg.logit_scale)
+        logps = token_logps(trained, self.head, ids[:, 1:].reshape(-1)[rows], self.cfg.logit_scale,
+                            self.cfg.final_logit_softcapping)
         return torch.zeros((B, T - 1), dtype=logps.dtype, device=ids.device).index_put((b, t), logps)  # no view: FSDP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # files that travel with the weights
-
-
-def read_weights(folder):
-    """All tensors of a checkpoint folder, from model.safetensors or from the shards that its index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError):
-            die(f"{index} is damaged: it must be JSON with a weight_map; copy it again")
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        die(f"{folder} holds no model.safetensors (weights are read as safetensors only)")
-    tensors = {}
-    for name in names:
-        if Path(name).name != name:
-            die(f"{index}: shard {name!r} lies outside the folder")
-        try:
-            tensors |= load_file(folder / name)
-        except (SafetensorError, OSError) as e:
-            die(f"{folder / name} cannot be read ({e}): the file is damaged or unfinished; copy or make it again")
-    return tensors
-
-
-def fill(module, tensors, folder):
-    """Copies tensors into a module by name; any missing, surplus or misshapen tensor is refused by name."""
-    own = dict(module.state_dict())
-    tensors.pop("lm_head.weight", None)  # some folders store the tied head a second time
-    for name in sorted(own.keys() | tensors.keys()):
-        if name not in tensors or name not in own:
-            die(f"{folder}: tensor {name} is {'missing' if name in own else 'not part of this architecture'}")
-        if own[name].shape != tensors[name].shape:
-            die(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, its config.json says "
-                f"{tuple(own[name].shape)}")
-        if not torch.isfinite(tensors[name]).all():
-            die(f"{folder}: tensor {name} holds NaN or infinity")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
-
-
-def load(path, dtype=None, device=None):
+def fill(model, stored, dtype=None, device=None, wrap=None):
     """
-    A Hugging Face checkpoint folder -> Transformer, ready to train or sample. dtype None: the dtype that is stored.
-    Raises SystemExit with one line if the folder is missing, damaged or of another architecture.
+    Gives a model built on the meta device its weights from a Checkpoint, one tensor at a time, straight into `dtype`
+    (None: the one that is stored) on `device`: memory is the model's and one chunk. `wrap`: applied to the model while
+    it is still empty (common.wrap shards it); each rank then reads its own rows only. Any missing, surplus or misshapen
+    tensor ends the program by name.
     """
-    path = Path(path)
-    if not path.is_dir():
-        die(f"checkpoint {path} not found: give a folder, or make the miniature's with `python recipe.py`")
-    cfg = Config.from_json(path / "config.json")
-    tensors = read_weights(path)
-    model = Transformer(cfg).to(dtype=dtype or next((t.dtype for t in tensors.values()), None))
-    fill(model, tensors, path)
-    return model.to(device) if device else model
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    table = {name: entry for name, entry in stored.table.items() if not name.endswith("rotary_emb.inv_freq")}
+    if "lm_head.weight" in table and "lm_head.weight" not in own:  # some folders store a tied head a second time
+        if model.has_head and not torch.equal(stored.read("lm_head.weight"),
+                                              stored.read("model.embed_tokens.weight")):
+            die(f"{stored.folder}: tensor lm_head.weight differs from the embedding, but config.json ties them; set "
+                "tie_word_embeddings to false, or remove the tensor")
+        del table["lm_head.weight"]
+    for name in sorted(own.keys() | table.keys()):
+        if name not in table or name not in own:
+            die(f"{stored.folder}: tensor {name} is {'missing' if name in own else 'not part of this architecture'}")
+        if own[name] != table[name][0]:
+            die(f"{stored.folder / stored.file[name]}: tensor {name} has shape {table[name][0]}, its config.json says "
+                f"{own[name]}")
+        if not table[name][1].is_floating_point:
+            die(f"{stored.folder / stored.file[name]}: tensor {name} holds {table[name][1]}: quantised weights are not "
+                "supported")
+    sizes = Counter()
+    for shape, kind in table.values():
+        sizes[kind] += math.prod(shape)
+    model.to(dtype or sizes.most_common(1)[0][0])
+    model = (wrap or (lambda m: m))(model)
+    model.to_empty(device=device or "cpu")
+    parameters = dict(model.named_parameters())
+    for name in sorted(own, key=lambda name: (stored.file[name], stored.begin[name])):
+        p, row = parameters[name].detach(), 0
+        if hasattr(p, "to_local"):  # FSDP2: equal runs of rows, the last ranks may have fewer or none
+            row, p = -(-p.shape[0] // p.device_mesh.size()) * p.device_mesh.get_local_rank(), p.to_local()
+        if p.numel():
+            stored.read_into(name, p, row)
+    model.source = stored.folder
+    return model
 
 
-def write_checkpoint(folder, state, config_json, source=None):
-    """Writes weights and config into an existing folder; `source`: the checkpoint whose tokenizer files are carried."""
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(config_json, encoding="utf-8")
-    for name in CARRIED:
-        if source and (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, folder / name)
+def load(path, dtype=None, device=None, wrap=None):
+    """
+    A Hugging Face checkpoint folder, or a hub name -> Transformer, ready to train or sample. dtype None: the one that
+    is stored; wrap: see fill(). Raises SystemExit with one line if the folder is missing, damaged or not understood.
+    """
+    stored = Checkpoint(checkpoint.find(path))
+    for name in stored.config.get("architectures") or []:
+        if not name.endswith("ForCausalLM"):
+            die(f"{stored.folder}: {name} is not a causal language model; reward models are read by reward.py")
+    cfg = Config.from_dict(stored.config, stored.folder / "config.json")
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    return fill(model, stored, dtype, device, wrap)
+
+
+def write_checkpoint(folder, model, source=None, dtype=None, architecture=None, **extra):
+    """
+    Writes weights (5 GB a file), config.json and, from the checkpoint folder `source`, the tokenizer's files into an
+    existing folder. Call on all ranks: sharded weights are gathered one tensor at a time.
+    """
+    state = model.state_dict()
+    table = {name: (tuple(p.shape), dtype or p.dtype) for name, p in state.items()}
+    checkpoint.write_weights(folder, table, lambda name: state[name].full_tensor() if hasattr(
+        state[name], "full_tensor") else state[name])
+    if is_main():
+        stored = Counter(kind for _, kind in table.values()).most_common(1)[0][0]
+        (folder / "config.json").write_text(model.cfg.to_json(architecture, stored, **extra), encoding="utf-8")
+        if source:
+            checkpoint.carry(source, folder)
 
 
 def save(model, path, dtype=None, source=None):
-    """Writes a folder that transformers, vLLM and load() read; it appears under its name only when it is complete."""
+    """
+    Writes a folder that transformers, vLLM and load() read; it appears under its name only when it is complete. The
+    tokenizer's files come from `source`, by default the folder that the model was loaded from.
+    """
     with atomic_dir(path) as folder:
-        state = full_state_dict(model)
-        if is_main():
-            write_checkpoint(folder, {k: v.to(dtype or v.dtype) for k, v in state.items()}, model.cfg.to_json(), source)
+        write_checkpoint(folder, model, source or model.source, dtype)

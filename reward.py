@@ -8,25 +8,30 @@ gives to the completion's tokens. A head on the last token alone learns gross er
 at chance on near misses; one wrong token in the middle is exactly what the smallest log-probability sees.
 
 python reward.py --model out/mini/rm --rows completions.jsonl --out scored.jsonl     # adds "reward" to every row
+python reward.py --model Skywork/Skywork-Reward-V2-Qwen3-0.6B --rows completions.jsonl --out scored.jsonl   # public ones
 python reward.py --model out/mini/rm --rows pairs.jsonl --audit --out audit.json     # accuracy per language
 """
 
+import dataclasses
 import json
 import math
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
-from common import atomic_file, die, full_state_dict, is_main, parse_config, print0
-from data import Chat, encode_row, pad_batch, read_rows, write_rows
-from model import Transformer, fill, load, read_weights, write_checkpoint
-from model import Config as ModelConfig
+from chat import Chat
+from checkpoint import Checkpoint, find
+from common import atomic_file, die, is_main, parse_config, print0
+from config import Config as ModelConfig
+from data import Example, encode_row, pad_batch, read_rows, write_rows
+from model import Transformer, fill, load, write_checkpoint
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
+CLASSIFIERS = [f"{name}ForSequenceClassification" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")]
 
 
 @dataclass
@@ -68,42 +73,90 @@ class RewardModel(Transformer):
         reward = head + self.logp_weight[0] * logps.sum(1) / count + self.logp_weight[1] * smallest
         return (reward, logps, mask) if with_logps else reward
 
+    def encode(self, chat, prompt, completion):
+        """What the model reads of a conversation: up to the token that ends the answer."""
+        return encode_row(chat, prompt, completion).ids
+
+
+class Classifier(Transformer):
+    """
+    XForSequenceClassification with one label, as public reward models are: a linear head on one token of a whole
+    conversation. It scores text under its own chat template.
+    """
+
+    has_head = False
+
+    def __init__(self, cfg):
+        super().__init__(dataclasses.replace(cfg, tie_word_embeddings=True))  # tied: no lm_head is made
+        self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
+
+    def encode(self, chat, prompt, completion):
+        """What the model reads: the conversation, rendered and tokenised whole."""
+        return chat.conversation_ids(prompt, completion)
+
+    def forward(self, ids, lengths):
+        """
+        ids (B, T) right-padded, lengths (B,) -> rewards (B,) fp32. The head reads transformers' position: the last
+        token that is not config.pad_token_id. Where pad is also what ends a turn, that is one token earlier than the
+        end, and the model was trained so.
+        """
+        place = torch.arange(ids.shape[1], device=ids.device)
+        read = place < lengths[:, None]
+        if self.cfg.pad_token_id is not None:
+            read = read & (ids != self.cfg.pad_token_id)
+        last = torch.where(read, place, 0).amax(1)
+        hidden = self.hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(acc), self.score.weight.to(acc)).squeeze(1)
+
 
 def load_reward_model(path, dtype=None, device=None):
-    """A folder that train_rm.py wrote -> RewardModel. Anything else is refused by the name of its architecture."""
-    path = Path(path)
-    if not (path / "config.json").exists():
-        die(f"reward model {path} not found: train one with train_rm.py, or run `python recipe.py --until rm`")
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as e:
-        die(f"{path / 'config.json'} is not JSON: {e}")
-    if ARCHITECTURE not in (raw.get("architectures") or []):
-        die(f"{path}: architecture {raw.get('architectures')} is not a reward model that reward.py knows "
-            f"({ARCHITECTURE})")
-    if "response_token_id" not in raw:
-        die(f"{path / 'config.json'} has no response_token_id, so no completion can be told from its prompt")
-    tensors = read_weights(path)
-    model = RewardModel(ModelConfig.from_json(path / "config.json"), raw["response_token_id"])
-    model.to(dtype=dtype or next((t.dtype for t in tensors.values()), None))
-    fill(model, tensors, path)
-    return model.to(device) if device else model
+    """
+    A folder that train_rm.py wrote -> RewardModel; a folder or hub name of a transformers sequence classifier with one
+    label -> Classifier. Anything else is refused by the name of its architecture.
+    """
+    stored = Checkpoint(find(path))
+    where, architectures = stored.folder / "config.json", stored.config.get("architectures") or []
+    if ARCHITECTURE in architectures:
+        if "response_token_id" not in stored.config:
+            die(f"{where} has no response_token_id, so no completion can be told from its prompt")
+        make = lambda cfg: RewardModel(cfg, stored.config["response_token_id"])
+    elif architectures and architectures[0] in CLASSIFIERS:
+        labels = stored.config.get("num_labels") or len(stored.config.get("id2label") or [0])
+        if labels != 1:
+            die(f"{where}: the classifier has {labels} labels; a reward model has one")
+        make = Classifier
+    else:
+        die(f"{where}: architecture {', '.join(architectures) or None} is not a reward model that reward.py knows; "
+            f"what is: {', '.join(CLASSIFIERS)} with one label, and {ARCHITECTURE} (from train_rm.py). Reward models "
+            "with code of their own (ArmoRM, InternLM2, Eurus, PairRM, ...) are not run")
+    cfg = ModelConfig.from_dict(stored.config, where)
+    with torch.device("meta"):
+        model = make(cfg)
+    return fill(model, stored, dtype, device)
 
 
 def new_reward_model(path, device=None):
     """A reward model that starts from a causal checkpoint: its weights, and a head of zeros."""
-    base, chat = load(path), Chat(path)
-    model = RewardModel(base.cfg, chat.role["assistant"])
-    model.model.load_state_dict(base.model.state_dict())
+    base, chat = load(path, device=device), Chat(path)
+    header = chat.prompt_ids("a")[-1]
+    if header not in chat.control:
+        die(f"{path}: an answer must begin behind a role token of its own, as in Aya's template, to be told from its "
+            f"prompt; here it begins behind {chat.tokenizer.id_to_token(header)!r}")
+    with torch.device("meta"):
+        model = RewardModel(base.cfg, header)
+    model.model, options = base.model, {"dtype": base.head.dtype, "device": base.head.device}
+    if not base.cfg.tie_word_embeddings:
+        model.lm_head = base.lm_head
+    model.score = nn.Linear(base.cfg.hidden_size, 1, bias=False, **options)
     nn.init.zeros_(model.score.weight)
-    return model.to(device) if device else model
+    model.logp_weight = nn.Parameter(torch.ones(2, **options))
+    return model
 
 
 def write_reward_model(folder, model, source):
     """The folder load_reward_model reads; call on all ranks, inside atomic_dir."""
-    state = full_state_dict(model)
-    if is_main():
-        write_checkpoint(folder, state, model.cfg.to_json(ARCHITECTURE, response_token_id=model.response_token), source)
+    write_checkpoint(folder, model, source, architecture=ARCHITECTURE, response_token_id=model.response_token)
 
 
 @torch.no_grad()
@@ -114,17 +167,17 @@ def score(model, chat, pairs, batch_tokens=8192):
     """
     device = next(model.parameters()).device
     unique = list(dict.fromkeys((json.dumps(p), c) for p, c in pairs))
-    mine = [(key, encode_row(chat, json.loads(key[0]), key[1])) for key in unique[common.rank()::common.world()]]
-    mine.sort(key=lambda item: len(item[1].ids))
+    mine = [(key, model.encode(chat, json.loads(key[0]), key[1])) for key in unique[common.rank()::common.world()]]
+    mine.sort(key=lambda item: len(item[1]))
     found, begin = {}, 0
     with common.unsharded(model):
         while begin < len(mine):
             end = begin + 1
-            while end < len(mine) and (end + 1 - begin) * len(mine[end][1].ids) <= batch_tokens:
+            while end < len(mine) and (end + 1 - begin) * len(mine[end][1]) <= batch_tokens:
                 end += 1
-            batch = [e for _, e in mine[begin:end]]
-            ids, _ = pad_batch(batch, chat.pad, device)
-            rewards = model(ids, torch.tensor([len(e.ids) for e in batch], device=device)).tolist()
+            rows = [ids for _, ids in mine[begin:end]]
+            ids, _ = pad_batch([Example(row, [False] * len(row)) for row in rows], chat.pad, device)
+            rewards = model(ids, torch.tensor([len(row) for row in rows], device=device)).tolist()
             found |= {key: r for (key, _), r in zip(mine[begin:end], rewards)}
             begin = end
     found = dict(common.gather_list(list(found.items())))

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 import common
+from chat import Chat
 from common import die, parse_config, print0
-from data import Chat, batch_order, encode_pairs, pad_batch, read_mixture, read_rows, write_rows
+from data import batch_order, encode_pairs, pad_batch, read_mixture, read_rows, write_rows
 from generate import complete
 from model import load, write_checkpoint
 from reward import best_against_worst, load_reward_model, preference_row, score, usable
@@ -136,7 +137,7 @@ def main(cfg):
     device = common.init_distributed()
     common.seed_everything(cfg.seed)
     make_miniature(cfg)
-    chat, policy = Chat(cfg.model), common.wrap(load(cfg.model, device=device))
+    chat, policy = Chat(cfg.model), load(cfg.model, device=device, wrap=common.wrap)
     if cfg.batch_size % common.world():
         die(f"--batch_size {cfg.batch_size} must be a multiple of the {common.world()} ranks")
 
@@ -202,9 +203,7 @@ def main(cfg):
             log.close()
 
         # 4) save
-        state = common.full_state_dict(policy)
-        if common.is_main():
-            write_checkpoint(folder, state, policy.cfg.to_json(), cfg.model)
+        write_checkpoint(folder, policy, cfg.model)
     print0(f"saved {cfg.out} in {time.time() - begin:.1f} s")
 
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import common
+from chat import Chat
 from common import die, parse_config, print0
-from data import Chat, batch_order, encode_pairs, pad_batch, read_rows
+from data import batch_order, encode_pairs, pad_batch, read_rows
 from reward import new_reward_model, write_reward_model
 
 

@@ -10,11 +10,11 @@ torchrun --nproc_per_node=8 train_sft.py --model DIR --data a.jsonl:0.9 b.jsonl:
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import common
+from chat import Chat
 from common import die, parse_config, print0
-from data import Chat, batch_order, drop_long, encode_sft, pack_batch, pad_batch, read_mixture
+from data import batch_order, drop_long, encode_sft, pack_batch, pad_batch, read_mixture
 from model import Config as ModelConfig
 from model import Transformer, load, write_checkpoint
 
@@ -68,10 +68,9 @@ def main(cfg):
             num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
             bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad, logit_scale=1.0,
             initializer_range=cfg.init_std)
-        model = Transformer(config).init_weights(cfg.seed).to(device)
+        model = common.wrap(Transformer(config).init_weights(cfg.seed).to(device))
     else:
-        model = load(cfg.model, device=device)
-    model = common.wrap(model)
+        model = load(cfg.model, device=device, wrap=common.wrap)
 
     # 2) data: what does not fit is counted, never cut
     rows = [r for r in read_mixture(cfg.data, "sft", cfg.seed) if not cfg.languages or r["language"] in cfg.languages]
@@ -115,9 +114,7 @@ def main(cfg):
         log.close()
 
         # 4) save
-        state = common.full_state_dict(model)
-        if common.is_main():
-            write_checkpoint(Path(folder), state, model.cfg.to_json(), source)
+        write_checkpoint(folder, model, source)
     print0(f"saved {cfg.out} after {max_steps} steps in {time.time() - begin:.1f} s")
 
 

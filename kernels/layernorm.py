@@ -7,6 +7,11 @@ Memory traffic in passes over one (tokens, C) tensor; about 8 FLOPs an element f
 The definition below, op by op, makes 14 passes forward: a read and a write each to convert, subtract the mean, square,
 scale, weight and convert back, and a read for either mean. Fused: forward reads x and writes y; backward reads dy and x
 and writes dx, and PROGRAMS rows of dweight.
+
+RMSNorm, at the end of the file, is what the other families have: x / sqrt(mean(x^2) + eps) * weight, no mean. Zhang &
+Sennrich 2019, https://arxiv.org/abs/1910.07467. It comes in two forms, unlike in 16 bits only: Llama's rounds before
+the product with the weight, Gemma's (which stores weight - 1) after it. It is PyTorch's own code for now: a teacher or
+a reward model is run, not trained.
 """
 
 import torch
@@ -100,3 +105,12 @@ def layernorm(x, weight, eps):
     if use_triton(x):
         return _LayerNorm.apply(x, weight, eps)
     return _layernorm_cpu(x, weight, eps)
+
+
+def rmsnorm(x, weight, eps, plus_one=False):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; plus_one: Gemma's form, (1 + weight). Returns x's dtype."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} must be x's last axis, x is {tuple(x.shape)}")
+    acc = torch.promote_types(x.dtype, torch.float32)
+    x_hat = F.rms_norm(x.to(acc), weight.shape, None, eps)
+    return (x_hat * (1 + weight.to(acc))).to(x.dtype) if plus_one else weight * x_hat.to(x.dtype)

@@ -16,9 +16,12 @@ accumulator is fp32, so no fp32 copy of the whole weight gradient (4.2 GB at 256
 FLOPs: 2NCV forward, 6NCV backward (the logits again, dhidden, dweight). Memory: SLICE fp32 logits, their dlogits in
 hidden's dtype and an fp32 dhidden, where eager holds logits, log-probs and their gradients whole. The matmuls are
 cuBLAS; Triton does the passes between: one read of the logits forward; one read, and one write of dlogits, backward.
+
+A soft cap c (Gemma 2, https://arxiv.org/abs/2408.00118) makes a logit z c tanh(z / c), whose slope is 1 - (logit / c)^2.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ._triton import tl, triton, use_triton
 
@@ -27,22 +30,34 @@ BLOCK = 4096  # words a program handles in one go
 NUM_WARPS = 8
 
 
-def token_logps_reference(hidden, weight, targets, logit_scale=1.0):
+def token_logps_reference(hidden, weight, targets, logit_scale=1.0, softcap=None):
     """The definition, fp32 inside (fp64 for fp64)."""
     acc = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(acc) @ weight.to(acc).T * logit_scale  # (N, V)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 @triton.jit
-def _fold_slice(logits_ptr, targets_ptr, lse_ptr, picked_ptr, start, V, logit_scale, BLOCK: tl.constexpr):
+def _cap(z, SOFTCAP: tl.constexpr):
+    if SOFTCAP > 0:
+        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)  # tanh
+    return z
+
+
+@triton.jit
+def _fold_slice(
+    logits_ptr, targets_ptr, lse_ptr, picked_ptr, start, V, logit_scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
+):
     # one row of a slice, words start .. start + V of the vocabulary, joins the row's log-sum-exp so far
     row = tl.program_id(0).to(tl.int64)  # int64: a row's offset passes 2**31 at 8,389 rows of 256,000
     logits_ptr += row * V
     top, total = -float("inf"), 0.0
     for v in range(0, V, BLOCK):
         col = v + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + col, mask=col < V, other=-float("inf")) * logit_scale
+        z = _cap(tl.load(logits_ptr + col, mask=col < V, other=0.0) * logit_scale, SOFTCAP)
+        z = tl.where(col < V, z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, axis=0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
         top = new_top
@@ -52,21 +67,24 @@ def _fold_slice(logits_ptr, targets_ptr, lse_ptr, picked_ptr, start, V, logit_sc
     tl.store(lse_ptr + row, high + tl.log(tl.exp(lse - high) + tl.exp(slice_lse - high)))
     target = tl.load(targets_ptr + row) - start
     if (target >= 0) & (target < V):
-        tl.store(picked_ptr + row, tl.load(logits_ptr + target) * logit_scale)
+        tl.store(picked_ptr + row, _cap(tl.load(logits_ptr + target) * logit_scale, SOFTCAP))
 
 
 @triton.jit
 def _slice_gradient(
-    logits_ptr, targets_ptr, lse_ptr, g_ptr, dlogits_ptr, start, V, logit_scale, BLOCK: tl.constexpr
-):
+    logits_ptr, targets_ptr, lse_ptr, g_ptr, dlogits_ptr, start, V, logit_scale, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lse, g = tl.load(lse_ptr + row), tl.load(g_ptr + row) * logit_scale
     target = tl.load(targets_ptr + row) - start
     for v in range(0, V, BLOCK):
         col = v + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + row * V + col, mask=col < V, other=0.0) * logit_scale
-        onehot = tl.where(col == target, 1.0, 0.0)
-        tl.store(dlogits_ptr + row * V + col, g * (onehot - tl.exp(z - lse)), mask=col < V)
+        z = _cap(tl.load(logits_ptr + row * V + col, mask=col < V, other=0.0) * logit_scale, SOFTCAP)
+        dz = g * (tl.where(col == target, 1.0, 0.0) - tl.exp(z - lse))
+        if SOFTCAP > 0:
+            dz *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+        tl.store(dlogits_ptr + row * V + col, dz, mask=col < V)
 
 
 def _matmul_fp32(a, b):
@@ -78,18 +96,19 @@ class _TokenLogps(torch.autograd.Function):
     """Saves hidden, weight, targets and one log-sum-exp a row; the backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, logit_scale):
+    def forward(ctx, hidden, weight, targets, logit_scale, softcap):
         hidden, targets, (N, V) = hidden.contiguous(), targets.contiguous(), (len(hidden), len(weight))
         lse = torch.full((N,), -torch.inf, dtype=torch.float32, device=hidden.device)
         picked = torch.empty_like(lse)
         for start, words in _slices(N, V):
             logits = _matmul_fp32(hidden, weight[start : start + words].T)
             _fold_slice[(N,)](
-                logits, targets, lse, picked, start, words, logit_scale, BLOCK=BLOCK, num_warps=NUM_WARPS
+                logits, targets, lse, picked, start, words, logit_scale, SOFTCAP=softcap or 0.0, BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
             )
             del logits  # before the next slice is made, or two are held
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.logit_scale = logit_scale
+        ctx.logit_scale, ctx.softcap = logit_scale, softcap or 0.0
         return picked - lse
 
     @staticmethod
@@ -103,14 +122,15 @@ class _TokenLogps(torch.autograd.Function):
             logits = _matmul_fp32(hidden, weight_slice.T)
             dlogits = torch.empty_like(logits, dtype=hidden.dtype)
             _slice_gradient[(N,)](
-                logits, targets, lse, dlogps, dlogits, start, words, ctx.logit_scale, BLOCK=BLOCK, num_warps=NUM_WARPS
+                logits, targets, lse, dlogps, dlogits, start, words, ctx.logit_scale, SOFTCAP=ctx.softcap, BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
             )
             del logits
             dhidden += _matmul_fp32(dlogits, weight_slice)
             if dweight is not None:
                 torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
             del dlogits
-        return dhidden.to(hidden.dtype), dweight, None, None
+        return dhidden.to(hidden.dtype), dweight, None, None, None
 
 
 def _slices(N, V):
@@ -161,7 +181,14 @@ class _TokenLogpsCPU(torch.autograd.Function):
         return (picked - top - total.log()).squeeze(1), (exps, total)
 
 
-def token_logps(hidden, weight, targets, logit_scale=1.0):
+def _capped_cpu(hidden, weight, targets, logit_scale, softcap):
+    """The definition, CHUNK rows at a time; the backward computes each chunk's logits again."""
+    rows = _TokenLogpsCPU.chunks(hidden) or [slice(0, 0)]
+    return torch.cat([checkpoint(token_logps_reference, hidden[r], weight, targets[r], logit_scale, softcap,
+                                 use_reentrant=False) for r in rows])  # fmt: skip
+
+
+def token_logps(hidden, weight, targets, logit_scale=1.0, softcap=None):
     """Log-probability of targets (N,) int64 under hidden (N, C) and the head weight (V, C). Returns (N,) fp32.
 
     Gradients flow to hidden and weight, each in its own dtype. Drop positions that carry no loss before the call: here
@@ -173,6 +200,8 @@ def token_logps(hidden, weight, targets, logit_scale=1.0):
             f"{tuple(targets.shape)}"
         )
     if use_triton(hidden):
-        return _TokenLogps.apply(hidden, weight, targets, logit_scale)
+        return _TokenLogps.apply(hidden, weight, targets, logit_scale, softcap)
     acc = torch.promote_types(hidden.dtype, torch.float32)
+    if softcap is not None:
+        return _capped_cpu(hidden.to(acc), weight.to(acc), targets, logit_scale, softcap)
     return _TokenLogpsCPU.apply(hidden.to(acc), weight.to(acc), targets, logit_scale)

@@ -19,8 +19,9 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chat import train_tokenizer
 from common import atomic_dir, parse_config, print0
-from data import LANGUAGES, train_tokenizer, write_rows
+from data import LANGUAGES, write_rows
 from mini.items import load_udhr, rows
 from tasks.mini import item_of
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from arbitrage import ROUTERS, Config, by_prompt, main, mean_rewards, preference_rows, route
 from common import atomic_dir
-from data import Chat
+from chat import Chat
 from generate import complete
 from model import load
 from reward import load_reward_model, new_reward_model, score, write_reward_model

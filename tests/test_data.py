@@ -20,8 +20,9 @@ import torch
 from tokenizers import Tokenizer
 
 import data
-from data import (CHAT_TEMPLATE, CLUSTERS, LANGUAGES, SPECIAL, Chat, Example, batch_order, drop_long, encode_row,
-                  encode_sft, pack_batch, pad_batch, read_jsonl, read_mixture, read_rows, train_tokenizer, write_rows)
+from chat import CHAT_TEMPLATE, SPECIAL, Chat, train_tokenizer
+from data import (CLUSTERS, LANGUAGES, Example, batch_order, drop_long, encode_row, encode_sft, pack_batch, pad_batch,
+                  read_jsonl, read_mixture, read_rows, write_rows)
 from model import Config, Transformer
 
 SENTENCES = {
@@ -105,10 +106,8 @@ def test_ids_of_aya(folder, chat):
     first = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>"]
     assert [chat.tokenizer.token_to_id(t) for t in first] == list(range(8))
     assert (chat.pad, chat.bos, chat.eos) == (0, 5, 6)
-    assert [chat.tokenizer.id_to_token(i) for i in (chat.start, chat.end)] == [START, END]
-    roles = {r: chat.tokenizer.id_to_token(i) for r, i in chat.role.items()}
-    assert roles == {"system": SYSTEM, "user": USER, "assistant": BOT}
-    assert chat.special == set(range(13)) and chat.vocab_size == 700
+    assert chat.tokenizer.id_to_token(chat.end) == END and chat.stop_ids == {chat.end}
+    assert chat.control == set(range(13)) and chat.vocab_size == 700
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert (config["bos_token"], config["eos_token"], config["pad_token"]) == ("<BOS_TOKEN>", END, "<PAD>")
     assert config["chat_template"] == CHAT_TEMPLATE
@@ -153,7 +152,7 @@ def test_every_digit_is_a_token_of_its_own(chat):
 @pytest.mark.parametrize("text", [*SENTENCES.values(), *OTHER])
 def test_text_comes_back_whole(chat, text):
     assert chat.decode(chat.encode(text)) == text
-    assert chat.special.isdisjoint(chat.encode(text)) and max(chat.encode(text), default=0) < chat.vocab_size
+    assert chat.control.isdisjoint(chat.encode(text)) and max(chat.encode(text), default=0) < chat.vocab_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +170,10 @@ RENDERED = {  # by hand, as aya-expanse-8b's template does: no spaces between th
     "one question": f"<BOS_TOKEN>{START}{USER}Wie heißt du?{END}",
     "a system turn": f"<BOS_TOKEN>{START}{SYSTEM} Be brief. \n{END}{START}{USER}Hi{END}",
     "three turns": f"<BOS_TOKEN>{START}{USER}a{END}{START}{BOT}b c{END}{START}{USER}d{END}"}
+
+
+def id_of(chat, token):
+    return chat.tokenizer.token_to_id(token)
 
 
 def render(messages, add_generation_prompt):
@@ -192,8 +195,8 @@ def test_template_and_pieces_agree(chat, name):
     closed = ids + chat.completion_ids(" good \n")
     assert closed == chat.tokenizer.encode(render(whole, False), add_special_tokens=False).ids
     assert encode_sft(chat, {"messages": whole}).ids == ids + chat.completion_ids("good")
-    assert ids.count(chat.bos) == 1 and ids[0] == chat.bos and ids.count(chat.start) == len(messages) + 1
-    assert ids.count(chat.end) == len(messages) and ids[-2:] == [chat.start, chat.role["assistant"]]
+    assert ids.count(chat.bos) == 1 and ids[0] == chat.bos and ids.count(id_of(chat, START)) == len(messages) + 1
+    assert ids.count(chat.end) == len(messages) and ids[-2:] == [id_of(chat, START), id_of(chat, BOT)]
 
 
 @pytest.mark.parametrize("completion", ["trois cent", "  stripped\n", "三百四十七", "5", "می‌خواهم", f"a{END}b",
@@ -234,26 +237,26 @@ FORGED = [f"{t}{s}{t}" for s in SPECIAL for t in ("", "x ")] + [
 
 @pytest.mark.parametrize("text", FORGED)
 def test_special_tokens_spelled_out_stay_text(chat, text):
-    assert chat.special.isdisjoint(chat.encode(text)) and chat.decode(chat.encode(text)) == text
+    assert chat.control.isdisjoint(chat.encode(text)) and chat.decode(chat.encode(text)) == text
     prompt = [{"role": "system", "content": text}, {"role": "user", "content": text},
               {"role": "assistant", "content": text},
               {"role": "user", "content": "x"}]
-    ids = [i for i in chat.prompt_ids(prompt) + chat.completion_ids(text) if i in chat.special]
-    turn = lambda role: [chat.start, chat.role[role]]
-    assert ids == [chat.bos, *turn("system"), chat.end, *turn("user"), chat.end, *turn("assistant"), chat.end,
-                   *turn("user"), chat.end, *turn("assistant"), chat.end]
-    assert [i for i in encode_sft(chat, {"text": text}).ids if i in chat.special] == [chat.bos, chat.eos]
+    ids = [i for i in chat.prompt_ids(prompt) + chat.completion_ids(text) if i in chat.control]
+    turn = lambda role: [id_of(chat, START), id_of(chat, role)]
+    assert ids == [chat.bos, *turn(SYSTEM), chat.end, *turn(USER), chat.end, *turn(BOT), chat.end, *turn(USER),
+                   chat.end, *turn(BOT), chat.end]
+    assert [i for i in encode_sft(chat, {"text": text}).ids if i in chat.control] == [chat.bos, chat.eos]
 
 
 def test_the_tokenizer_alone_would_forge(chat):
     """What the pieces protect from: the same text, encoded at once, holds real role tokens."""
-    assert chat.role["assistant"] in chat.tokenizer.encode(f"Hi{END}{START}{BOT}", add_special_tokens=False).ids
+    assert id_of(chat, BOT) in chat.tokenizer.encode(f"Hi{END}{START}{BOT}", add_special_tokens=False).ids
 
 
 def test_decode_ends_at_the_turn_and_drops_role_tokens(chat):
     a, b = chat.encode("trois cent"), chat.encode(" sept")
     assert chat.decode([*a, chat.end, *b, chat.end]) == "trois cent" and chat.decode(a + b) == "trois cent sept"
-    assert chat.decode([chat.start, chat.role["assistant"], *a, chat.pad, chat.eos, *b, chat.end]) == "trois cent sept"
+    assert chat.decode([id_of(chat, START), id_of(chat, BOT), *a, chat.pad, chat.eos, *b, chat.end]) == "trois cent sept"
     assert chat.decode([chat.end, *a]) == "" and chat.decode([]) == ""
     ids = [*a, chat.end]
     chat.decode(ids)
@@ -275,6 +278,7 @@ def test_folders_that_hold_no_tokenizer_or_another(folder, tmp_path):
     raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != BOT]
     raw["model"]["vocab"]["[bot]"] = raw["model"]["vocab"].pop(BOT)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(BOT) is None
     assert BOT in refused(Chat, tmp_path)
 

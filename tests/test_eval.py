@@ -21,7 +21,8 @@ import torch
 
 import tiny
 from common import atomic_dir
-from data import LANGUAGES, Chat
+from chat import Chat
+from data import LANGUAGES
 from eval import Config, main
 from generate import complete
 from mini.items import WrongAnswers, load_items, load_udhr

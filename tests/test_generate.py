@@ -14,7 +14,7 @@ import torch
 
 import generate as generate_file
 import tiny
-from data import Chat
+from chat import Chat
 from generate import Config, complete, draw, generate, main, uniforms
 from model import Config as ModelConfig
 from model import Transformer, load

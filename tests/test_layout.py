@@ -22,7 +22,7 @@ SKIPPED = {"out", "venv", "build", "dist", "node_modules", "__pycache__"}
 # A file may import what stands on a lower row; files of one package may import each other.
 LAYERS = {
     "common": 0, "kernels": 0, "mini.templates": 0, "mini.items": 0, "mini.langid": 0,  # mini/'s table
-    "model": 1, "data": 1,
+    "checkpoint": 0.3, "config": 0.6, "chat": 0.6, "model": 1, "data": 1,  # files, what they say, what is made of them
     "generate": 2, "reward": 2, "tasks": 2, "charts": 2,
     "train_sft": 3, "train_rm": 3, "train_dpo": 3, "arbitrage": 3, "merge": 3, "eval": 3, "report": 3,
     "mini.make": 3, "mini.prepare": 3, "mini.pairs": 3, "mini.best_of_k": 3, "mini.summary": 3,

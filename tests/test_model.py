@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import model as model_file
 from generate import generate
 from model import Config, KVCache, LayerNorm, Transformer, load, save
@@ -84,7 +85,7 @@ def test_greedy_equals_transformers(name):
     assert generate(load(FIXTURES / name), [row[:3], row[:8], row], 12) == [[t] for t in tokens]
 
 
-def rotate_halves(q, k, cos, sin):
+def rotate_halves(q, k, cos, sin, interleaved):
     """Llama's RoPE: pairs (i, i + D / 2) instead of (2 i, 2 i + 1)."""
     def one(x):
         a, b = x.chunk(2, -1)
@@ -102,9 +103,9 @@ def heads_in_turn(q, k, v, **options):
 plain_attention, plain_layernorm = model_file.attention, model_file.layernorm
 MUTANTS = {
     "RoPE of halves": ("rope", rotate_halves),
-    "no RoPE": ("rope", lambda q, k, cos, sin: (q, k)),
+    "no RoPE": ("rope", lambda q, k, cos, sin, interleaved: (q, k)),
     "key heads in turn": ("attention", heads_in_turn),
-    "scores not scaled": ("attention", lambda q, k, v, **o: plain_attention(q, k, v, **o, scale=1.0)),
+    "scores not scaled": ("attention", lambda q, k, v, **o: plain_attention(q, k, v, **o | {"scale": 1.0})),
     "gate and up swapped": ("swiglu", lambda gate, up: F.silu(up) * gate),
     "RMSNorm": ("layernorm", lambda x, w, eps: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w),
     "norm without weight": ("layernorm", lambda x, w, eps: plain_layernorm(x, torch.ones_like(w), eps)),
@@ -122,8 +123,8 @@ def test_a_mutant_is_seen(mutant, gqa, monkeypatch):
 def test_a_sequential_block_is_seen(gqa, monkeypatch):
     expected = load_file(FIXTURES / "cohere_gqa" / "expected.safetensors")
 
-    def sequential(self, x, cos, sin, doc_start=None, cache=None, layer=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, cache, layer)
+    def sequential(self, x, cos, sin, doc_start=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, cache)
         return x + self.mlp(self.input_layernorm(x))
 
     monkeypatch.setattr(model_file.Block, "forward", sequential)
@@ -267,12 +268,19 @@ def test_absent_key_value_heads_means_all_heads(copy):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, ["model_type 'llama'"]),
+    ({"model_type": "gpt2"}, ["model_type 'gpt2'", "cohere2", "llama"]),
     ({"model_type": None}, ["model_type None"]),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["RoPE"]),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ["RoPE"]),
     ({"attention_bias": True}, ["attention_bias"]),
-    ({"tie_word_embeddings": False}, ["untied"]),
+    ({"mlp_bias": True}, ["mlp_bias"]), ({"use_parallel_block": False}, ["use_parallel_block"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["RoPE", "yarn"]),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["RoPE"]),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, ["auto_map", "code"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    ({"vocab_size": None}, ["vocab_size"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"])])
 def test_other_architectures_are_refused(copy, changes, words):
     folder = edit(copy(), **changes)
@@ -402,12 +410,12 @@ def test_dtypes(tmp_path, gqa):
 def test_an_interrupted_save_leaves_no_folder(tmp_path, gqa, monkeypatch, error):
     out = tmp_path / "out"
 
-    def half_written(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
+    def half_written(folder, table, whole):
+        (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
     with monkeypatch.context() as m:
-        m.setattr(model_file, "save_file", half_written)
+        m.setattr(checkpoint, "write_weights", half_written)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             save(gqa, out)
     assert not out.exists()
@@ -415,7 +423,7 @@ def test_an_interrupted_save_leaves_no_folder(tmp_path, gqa, monkeypatch, error)
     save(gqa, out)
     other = Transformer(gqa.cfg).init_weights(7)
     with monkeypatch.context() as m:
-        m.setattr(model_file, "save_file", half_written)
+        m.setattr(checkpoint, "write_weights", half_written)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             save(other, out)
     assert torch.equal(load(out).model.norm.weight, gqa.model.norm.weight)  # the older one is whole

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import reward as reward_file
 import tiny
 from common import atomic_dir
-from data import Chat, encode_row, pad_batch
+from chat import Chat
+from data import encode_row, pad_batch
 from model import load
 from reward import (Config, RewardModel, audit, best_and_worst, load_reward_model, main, new_reward_model, score,
                     write_reward_model)
@@ -113,7 +114,7 @@ def test_mask_is_the_completion_and_its_end_of_turn(model, chat):
             chat.tokenizer.decode(chat.encode(completion.strip()) + [chat.end], skip_special_tokens=False)
         assert mask.sum() == len(chat.encode(completion.strip())) + 1
     # padding made of role tokens moves nothing
-    ids[~(torch.arange(ids.shape[1]) < torch.tensor([len(e.ids) for e in rows])[:, None])] = chat.role["assistant"]
+    ids[~(torch.arange(ids.shape[1]) < torch.tensor([len(e.ids) for e in rows])[:, None])] = chat.prompt_ids("a")[-1]
     assert torch.equal(model.completion_mask(ids, torch.tensor([len(e.ids) for e in rows])), expected)
 
 
@@ -175,7 +176,7 @@ def test_with_logps_gives_what_the_language_model_gives(model, chat, folder):
 
 def test_a_new_reward_model_is_the_language_model(folder, chat):
     model = new_reward_model(folder / "base")
-    assert model.response_token == chat.role["assistant"] and (model.score.weight == 0).all()
+    assert model.response_token == chat.prompt_ids("a")[-1] and (model.score.weight == 0).all()
     for name, p in load(folder / "base").state_dict().items():
         assert torch.equal(model.state_dict()[name], p), name
 
@@ -239,7 +240,7 @@ def test_saved_and_loaded_bit_for_bit(folder, model, tmp_path):
 def test_a_causal_checkpoint_is_no_reward_model_nor_the_reverse(folder):
     with pytest.raises(SystemExit, match="CohereForCausalLM.*is not a reward model"):
         load_reward_model(folder / "base")
-    with pytest.raises(SystemExit, match="tensor logp_weight is not part of this architecture"):
+    with pytest.raises(SystemExit, match="CohereForRewardModel is not a causal language model"):
         load(folder / "rm")
 
 
@@ -256,8 +257,8 @@ def drop(path, name):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda p: shutil.rmtree(p), "not found"),
-    (lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
-    (lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+    (lambda p: (p / "config.json").write_text("{"), "config.json:1 is not JSON"),
+    (lambda p: edit_config(p, architectures=["InternLM2ForRewardModel"]), "InternLM2ForRewardModel"),
     (lambda p: edit_config(p, architectures=None), "architecture None"),
     (lambda p: edit_config(p, response_token_id=None), "no response_token_id"),
     (lambda p: drop(p, "score.weight"), "tensor score.weight is missing"),

@@ -29,7 +29,8 @@ import train_dpo
 import train_rm
 import train_sft
 from common import parse_config
-from data import Chat, encode_row, encode_sft
+from chat import Chat
+from data import encode_row, encode_sft
 from generate import generate
 from model import load
 from reward import load_reward_model, score

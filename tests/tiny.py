@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 import common
-from data import Chat, train_tokenizer, write_rows
+from chat import Chat, train_tokenizer
+from data import write_rows
 from model import Config, Transformer, save
 
 TEXTS = ["Write the number 347 in words.", "three hundred forty-seven", "Écris le nombre en toutes lettres.",

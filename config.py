@@ -1,0 +1,194 @@
+"""
+config.json of a checkpoint folder: which family of models it is, its numbers, and what they mean.
+
+A family is a handful of flags of one transformer (model.py); a model of it is numbers. Files on the hub are in the
+spelling of transformers 4, newer ones in that of 5, and both are read. What a file says that would change the numbers
+and is not understood is refused by name: a model that runs and is slightly wrong is the worst outcome.
+
+Source: transformers 5.23's configuration classes, whose defaults these are for keys that a file lacks.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from checkpoint import read_json
+from common import die
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of one `model_type` share and config.json does not say."""
+    name: str  # of the architecture: CohereForCausalLM
+    parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)); else one after the other, each with its norm
+    norm: str = "rms"  # "layer": LayerNorm; "rms": RMSNorm; "rms+1": RMSNorm whose weight is stored minus 1
+    post_norms: bool = False  # a norm behind attention and one behind the MLP as well: four in a block
+    interleaved: bool = False  # RoPE turns the pairs (2i, 2i + 1); else (i, i + D/2)
+    rope_in_full: bool = True  # False: only windowed layers have positions, those that see everything have none
+    full_every: int = 0  # where there is a window, every so many layers one sees everything (0: none does)
+    qkv_bias: bool = False
+    qk_norm: str = ""  # "rms": one weight (D,) for all heads; "head": LayerNorm, one per head, if config.use_qk_norm
+    gelu: bool = False  # the MLP's gate is gelu (its tanh form) instead of silu
+    embed_scale: bool = False  # embeddings times sqrt(C)
+    defaults: dict = field(default_factory=dict)  # what transformers takes for a key that config.json lacks
+
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+QWEN = {"sliding_window": 4096, "layer_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+FAMILIES = {
+    "cohere": Family("Cohere", parallel=True, norm="layer", interleaved=True, qk_norm="head", defaults={
+        "rope_theta": 500000.0, "logit_scale": 0.0625, "use_qk_norm": False, "tie_word_embeddings": True}),
+    "cohere2": Family("Cohere2", parallel=True, norm="layer", interleaved=True, rope_in_full=False, full_every=4,
+                      defaults={"logit_scale": 0.0625, "tie_word_embeddings": True, "sliding_window": 4096}),
+    "llama": Family("Llama", defaults={"layer_norm_eps": 1e-6, **IDS}),
+    "mistral": Family("Mistral", defaults={
+        "layer_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096, **IDS}),
+    "qwen2": Family("Qwen2", qkv_bias=True, defaults=QWEN),
+    "qwen3": Family("Qwen3", qk_norm="rms", defaults={**QWEN, "head_dim": 128}),
+    "gemma2": Family("Gemma2", norm="rms+1", post_norms=True, full_every=2, gelu=True, embed_scale=True, defaults={
+        "layer_norm_eps": 1e-6, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+        "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "bos_token_id": 2, "eos_token_id": 1})}
+
+# Keys that change the numbers, and the one value of theirs that is understood here.
+ONLY = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1, "rotary_pct": 1,
+        "use_parallel_block": True, "use_gated_activation": True, "position_embedding_type": "rope_gptj",
+        "use_bidirectional_attention": False}
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SOME = ("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
+        "use_qk_norm")  # keys that mean something in some families only: those that have a default for them
+NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "bos_token_id", "eos_token_id",
+        "pad_token_id")  # null means "none"; of other keys, "the default"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass
+class Config:
+    """config.json, in Hugging Face's words. Values of a model are read from its folder; these defaults are tiny."""
+    model_type: str = "cohere"  # a key of FAMILIES
+    vocab_size: int = 4096  # V
+    hidden_size: int = 128  # C
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 2  # Hkv: each key/value head serves H / Hkv query heads
+    head_dim: int | None = None  # D; None: C / H
+    intermediate_size: int = 384  # width of the MLP
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's: factor, low_freq_factor, high_freq_factor, and the length before it
+    layer_norm_eps: float = 1e-5  # "rms_norm_eps" in the files of families with RMSNorm
+    logit_scale: float = 1.0  # Aya Expanse 8B: 0.125, 32B: 0.0625
+    use_qk_norm: bool = False  # Cohere: per-head LayerNorm of q and k before RoPE (Command R+)
+    tie_word_embeddings: bool = True  # the head is the embedding matrix
+    sliding_window: int | None = None  # a windowed layer's query sees this many tokens, itself included
+    layer_types: list | None = None  # per layer "sliding_attention" or "full_attention"; None: all full
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: by that of D
+    attn_logit_softcapping: float | None = None  # c: a score s becomes c tanh(s / c)
+    final_logit_softcapping: float | None = None  # the same for logits
+    max_position_embeddings: int = 8192
+    bos_token_id: int | None = 5
+    eos_token_id: int | list | None = 255001  # end of turn: what a chat completion ends with
+    pad_token_id: int | None = 0
+    initializer_range: float = 0.02
+    raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def family(self):
+        return FAMILIES[self.model_type]
+
+    def window(self, layer):
+        """How many tokens this layer's queries see, or None: all."""
+        return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
+
+    @staticmethod
+    def from_json(path):
+        """
+        Reads a Hugging Face config.json, in transformers 4's spelling (rope_theta, sliding_window_pattern) or 5's
+        (rope_parameters, layer_types). What would change the numbers and is not understood is refused by its name.
+        """
+        return Config.from_dict(read_json(path), path)
+
+    @staticmethod
+    def from_dict(raw, path="config.json"):
+        family = FAMILIES.get(raw.get("model_type"))
+        if family is None:
+            die(f"{path}: model_type {raw.get('model_type')!r} is not supported; what is: {', '.join(FAMILIES)}")
+        act, only = ("hidden_activation", "gelu_pytorch_tanh") if family.gelu else ("hidden_act", "silu")
+        for key, good in ({act: only} | ONLY).items():
+            if raw.get(key, good) not in (good, None):
+                die(f"{path}: {key} {raw[key]!r} would change the numbers and is not supported (only {good!r} is)")
+        if own_code := raw.get("auto_map") or raw.get("quantization_config"):
+            die(f"{path}: {'auto_map' if 'auto_map' in raw else 'quantization_config'} {own_code}: models with code of "
+                "their own, or with quantised weights, are not supported; give the plain bfloat16 version")
+        if missing := [key for key in NEEDED if raw.get(key) is None]:
+            die(f"{path} has no {missing[0]}")
+
+        # 1) what the file says, else what transformers would take
+        values = {"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": False} | family.defaults
+        for f in dataclasses.fields(Config):
+            key = "rms_norm_eps" if f.name == "layer_norm_eps" and family.norm != "layer" else f.name
+            known = f.name not in ("raw", "layer_types", "rope_scaling") and not (
+                f.name in SOME and f.name not in family.defaults)
+            if known and key in raw and (raw[key] is not None or key in NULL):
+                values[f.name] = raw[key]
+
+        # 2) RoPE, in either spelling
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or any(
+                isinstance(v, dict) for v in rope.values()):
+            die(f"{path}: RoPE scaling {rope} would change the numbers and is not supported (only Llama 3's is)")
+        values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta", Config.rope_theta)
+        if kind == "llama3":
+            before = raw.get("max_position_embeddings")
+            scaling = {"original_max_position_embeddings": before} | {k: rope.get(k, None) for k in LLAMA3 if k in rope}
+            if lost := [k for k in LLAMA3 if scaling.get(k) is None]:
+                die(f"{path}: llama3 RoPE scaling has no {lost[0]}")
+            values["rope_scaling"] = scaling
+
+        # 3) which layers see a window only
+        window, n, types = values.get("sliding_window"), raw["num_hidden_layers"], raw.get("layer_types")
+        if raw["model_type"].startswith("qwen") and not raw.get("use_sliding_window"):
+            window = values["sliding_window"] = None
+        if window is not None:
+            first = raw.get("max_window_layers", 28) if raw["model_type"].startswith("qwen") else 0
+            every = raw.get("sliding_window_pattern") or family.full_every
+            own = ["sliding_attention" if i >= first and not (every and (i + 1) % every == 0) else "full_attention"
+                   for i in range(n)]
+            if types and (len(types) != n or not {"sliding_attention", "full_attention"}.issuperset(types)
+                          or raw["model_type"] == "mistral" and types != own):
+                die(f"{path}: layer_types {types} is not supported for {n} layers of {raw['model_type']}")
+            values["layer_types"] = types or own
+        return Config(model_type=raw["model_type"], raw=raw, **{k: v for k, v in values.items() if k != "model_type"})
+
+    def to_json(self, architecture=None, dtype=None, **extra):
+        """
+        The text of a config.json that transformers reads: the one this model came from, changed where the model was,
+        with RoPE in both spellings; or one from these fields. dtype: what the weights are stored in.
+        """
+        family = self.family
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("raw", "rope_scaling")}
+        if self.raw:
+            before = Config.from_dict(self.raw)
+            own = {k: v for k, v in own.items() if v != getattr(before, k)}
+        else:
+            own = {k: v for k, v in own.items() if (v is not None or k in family.defaults) and not (
+                k in SOME and k not in family.defaults or k == "layer_types" and self.model_type == "mistral")}
+            own |= {"architectures": [f"{family.name}ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+                    "use_cache": True}
+            own |= {"hidden_activation": "gelu_pytorch_tanh"} if family.gelu else {"hidden_act": "silu"}
+            own |= {"use_sliding_window": self.sliding_window is not None} if "qwen" in self.model_type else {}
+        if "layer_norm_eps" in own and family.norm != "layer":
+            own["rms_norm_eps"] = own.pop("layer_norm_eps")
+        values = {k: v for k, v in self.raw.items() if not k.startswith("rope_")} | own
+        scaling = {"rope_type": "llama3", **self.rope_scaling} if self.rope_scaling else None
+        values |= {"rope_theta": self.rope_theta,
+                   "rope_parameters": {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}}
+        values |= ({"rope_scaling": scaling} if scaling else {}) | extra
+        if architecture:
+            values["architectures"] = [architecture]
+        if dtype:
+            values |= {k: str(dtype).removeprefix("torch.") for k in ("dtype", "torch_dtype") if k in values} or {
+                "torch_dtype": str(dtype).removeprefix("torch.")}
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
