@@ -94,7 +94,10 @@ def compile_template(text, where):
 def read_template(folder, config):
     """The template's text and the file it is from: chat_template.jinja, else tokenizer_config.json; (None, None)."""
     if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8"), path
+        try:
+            return path.read_text(encoding="utf-8"), path
+        except (OSError, ValueError) as e:
+            die(f"{path} cannot be read ({e}); copy it again")
     path, found = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(found, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
@@ -185,17 +188,22 @@ class Chat:
             if refused is not None:
                 return refused
             shown = json.dumps(messages, ensure_ascii=False)
-            die(f"{self.where}: the chat template refuses a conversation ({e.message or type(e).__name__}): {shown[:80]}")
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+            reason = " ".join(str(e).split()) or type(e).__name__
+            die(f"{self.where}: the chat template refuses a conversation ({reason}): {shown[:80]}")
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
             die(f"{self.where}: the chat template fails ({type(e).__name__}: {e})")
 
     def _ids(self, messages, add_generation_prompt):
         """Ids of a rendered conversation, with one BOS."""
         guarded, texts = self._guard(messages)
-        text = self._render(guarded, add_generation_prompt)
+        return self._text_ids([self._render(guarded, add_generation_prompt)], texts)
+
+    def _text_ids(self, pieces, texts):
+        """Pieces of a rendering, each tokenised apart, with one BOS."""
         ids = []
-        for n, part in enumerate(MARK.split(text) if texts else [text]):
-            ids += self._part_ids(n, part, texts)
+        for piece in pieces:
+            for n, part in enumerate(MARK.split(piece) if texts else [piece]):
+                ids += self._part_ids(n, part, texts, first=not ids)
         return [self.bos, *ids] if self.adds_bos and ids[:1] != [self.bos] else ids
 
     def _guard(self, messages):
@@ -205,16 +213,35 @@ class Chat:
         """
         guarded, texts = [], []
         for m in messages:
-            if self.spelled.search(m["content"]) or MARK.search(m["content"]):
+            if not self.control.isdisjoint(self._plain(m["content"], True)) or MARK.search(m["content"]):
                 core = m["content"].strip()
                 texts.append(core)
                 m = m | {"content": m["content"].replace(core, f"\ue000{len(texts) - 1}\ue001", 1)}
             guarded.append(m)
         return guarded, texts
 
-    def _part_ids(self, n, part, texts):
+    def _part_ids(self, n, part, texts, first=False):
         """Of a rendering split by MARK, part n: the template's own words, or at odd n the number of a text."""
-        return self.encode(texts[int(part)]) if n % 2 else self.tokenizer.encode(part, add_special_tokens=False).ids
+        return self._apart(texts[int(part)], first) if n % 2 else self._plain(part, first)
+
+    def _plain(self, text, first):
+        """Ids of a text; where it is not the first one, without the space that SentencePiece puts in front."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not first and text:
+            for mark in "\n|0.a":
+                line = self.tokenizer.encode(mark, add_special_tokens=False).ids
+                behind = self.tokenizer.encode(mark + text, add_special_tokens=False).ids
+                if behind[:len(line)] == line and line != ids[:len(line)]:
+                    return behind[len(line):]
+        return ids
+
+    def _apart(self, text, first=True):
+        """Ids without a control token: cut in the middle of each."""
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        cuts = [sum(span) // 2 for i, span in zip(found.ids, found.offsets) if i in self.control]
+        if not cuts:
+            return self._plain(text, first)
+        return [i for a, b in zip([0, *cuts], [*cuts, None]) for i in self._apart(text[a:b], first and a == 0)]
 
     def messages(self, prompt):
         """A prompt is a string (one user turn) or a list of {"role", "content"} messages."""
@@ -249,17 +276,12 @@ class Chat:
         """Ids of plain text. Control tokens spelled out in the text stay text: users cannot forge a turn."""
         key = "text", text
         if key not in self._cache:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            if not self.control.isdisjoint(ids):  # cut behind the first character of each spelling: none is whole
-                cuts = [m.start() + 1 for m in self.spelled.finditer(text)]
-                ids = [i for a, b in zip([0, *cuts], [*cuts, None]) for i in
-                       self.tokenizer.encode(text[a:b], add_special_tokens=False).ids]
-            self._cache[key] = ids
-        return self._cache[key]
+            self._cache[key] = self._apart(text)
+        return list(self._cache[key])
 
     def prompt_ids(self, prompt):
         """One BOS, the turns so far, and the header of the assistant's turn: what generation starts from."""
-        key = "prompt", prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+        key = ("prompt", prompt) if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True))
         if key not in self._cache:
             self._cache[key] = self._ids(self.messages(prompt), True)
         return list(self._cache[key])
@@ -277,17 +299,30 @@ class Chat:
 
     def messages_ids(self, messages):
         """A conversation of several answers -> ids, and a mask that is True on each answer and its end of turn."""
-        ids = self._ids(messages, False)
-        mask = [False] * len(ids)
+        guarded, texts = self._guard(messages)
+        text, ids, heads, cuts = self._render(guarded, False), self._ids(messages, False), [], [0]
         for n, m in enumerate(messages):
             if m["role"] == "assistant":
-                head = self._ids(messages[:n], True)
-                if ids[:len(head)] != head:
+                head = self._render(guarded[:n], True)
+                if not text.startswith(head):
                     die(f"{self.where}: the chat template writes turn {n + 1} of a conversation differently once it "
                         "has gone on, so what was said cannot be told from what was asked; give rows with prompt and "
                         "completion")
-                answer = self._cut(ids[len(head):])
-                mask[len(head):len(head) + len(answer)] = [True] * len(answer)
+                heads.append(len(head))
+                begin = self._text_ids([head], texts)
+                if ids[:len(begin)] != begin:
+                    cuts.append(len(head))
+        # where an answer's first letters would join its header's last ones into one token, they are tokenised apart,
+        # since generation starts from the header alone
+        def cut(end):
+            return self._text_ids([text[a:min(b, end)] for a, b in zip(cuts, [*cuts[1:], end]) if a < end], texts)
+
+        ids = cut(len(text))
+        mask = [False] * len(ids)
+        for head in heads:
+            start = len(cut(head))
+            answer = self._cut(ids[start:])
+            mask[start:start + len(answer)] = [True] * len(answer)
         last = max((i for i, trained in enumerate(mask) if trained), default=-1)
         if messages[-1]["role"] == "assistant":
             ids, mask = ids[:last + 1], mask[:last + 1]

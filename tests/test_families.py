@@ -1,0 +1,252 @@
+"""
+Every family of models against transformers, on the tiny checkpoints that it wrote (fixtures/make_families.py says how),
+and what the shared code must do for all of them. The mutants at the end break one flag each.
+
+    python -m pytest tests/test_families.py
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import model as model_file
+from checkpoint import Checkpoint
+from config import Config
+from generate import generate
+from model import KVCache, Transformer, load, save
+from reward import load_reward_model
+
+HERE = Path(__file__).resolve().parent / "fixtures" / "families"
+REWARD = sorted(p.name for p in HERE.iterdir() if p.name.endswith("_rm"))
+CAUSAL = sorted(p.name for p in HERE.iterdir() if not p.name.endswith("_rm"))
+CLOSE = 3e-5  # of an output's largest value: float32 on both sides
+
+
+def recorded(name):
+    return load_file(HERE / name / "expected.safetensors")
+
+
+def difference(model, expected):
+    """The largest difference to transformers over all layers, the final norm and the logits, relative to each."""
+    seen = {}
+    parts = {f"layer_{i}": layer for i, layer in enumerate(model.model.layers)} | {"norm": model.model.norm}
+    hooks = [part.register_forward_hook(lambda m, a, out, key=key: seen.__setitem__(key, out))
+             for key, part in parts.items()]
+    with torch.no_grad():
+        seen["logits"] = model(expected["ids"])
+    for hook in hooks:
+        hook.remove()
+    assert seen.keys() | {"ids", "greedy"} == expected.keys()
+    return max(((out - expected[key]).abs().max() / expected[key].abs().max()).item() for key, out in seen.items())
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_layer_equals_transformers(name):
+    assert difference(load(HERE / name), recorded(name)) < CLOSE
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_greedy_equals_transformers_alone_and_batched(name):
+    expected, model = recorded(name), load(HERE / name)
+    row, tokens = expected["ids"][0].tolist(), expected["greedy"].tolist()
+    prompts = [row[:3], row[:9], row]  # windows are 5 or 6 tokens long
+    assert generate(model, prompts, 12) == [[t] for t in tokens]
+    assert [generate(model, [p], 12)[0] for p in prompts] == [[t] for t in tokens]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_padded_packed_and_cached_rows_equal_single_rows(name):
+    model, (a, b, c) = load(HERE / name, torch.float64), recorded(name)["ids"].tolist()
+    rows = [a, b[:7], c[:12]]
+    alone = [model(torch.tensor([row]))[0] for row in rows]
+    padded = model(torch.tensor([row + [3] * (19 - len(row)) for row in rows]))
+    starts = torch.tensor([[0] * 19 + [19] * 7 + [26] * 12], dtype=torch.int32)
+    packed = model(torch.tensor([sum(rows, [])]), doc_start=starts)[0].split([19, 7, 12])
+    cache = KVCache(model.cfg, 1, 19, torch.float64, "cpu")
+    parts = [model.hidden(torch.tensor([a[:8]]), cache=cache)]
+    parts += [model.hidden(torch.tensor([[t]]), cache=cache) for t in a[8:]]
+    for row, single, pad, pack in zip(rows, alone, padded, packed):
+        assert torch.allclose(pad[:len(row)], single, atol=1e-9) and torch.allclose(pack, single, atol=1e-9)
+    assert torch.allclose(model.logits(torch.cat(parts, 1))[0], alone[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_window", "llama"])
+def test_token_logps_are_the_logits_log_softmax(name):
+    model, ids = load(HERE / name), recorded(name)["ids"]
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    expected = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    found, weights = model.token_logps(ids, mask), torch.linspace(-1, 2, 54).view(3, 18)
+    assert torch.allclose(found, expected, atol=1e-4)
+    grads = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (found, expected)]
+    for (key, _), x, y in zip(model.named_parameters(), *grads):
+        assert torch.allclose(x, y, atol=1e-4 * y.abs().max().item() + 1e-6), key
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_saved_and_loaded_bit_for_bit(name, sharded, tmp_path, monkeypatch):
+    if sharded:
+        monkeypatch.setattr(checkpoint.write_weights, "__defaults__", (5000,))
+    model = load(HERE / name)
+    save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again.cfg == model.cfg and again.cfg.raw["architectures"] == model.cfg.raw["architectures"]
+    for key, p in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], p), key
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert "generation_config.json" in files and ("model.safetensors.index.json" in files) == sharded
+    if sharded:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        assert len(set(index["weight_map"].values())) > 1
+        assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+        biggest = max(4 * p.numel() for p in model.parameters())
+        assert all((tmp_path / "out" / f).stat().st_size < 5000 + biggest for f in files if f.endswith("safetensors"))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_config_made_of_fields_alone_is_written_and_read_again(name, tmp_path):
+    cfg = dataclasses.replace(load(HERE / name).cfg, raw={})
+    model = Transformer(cfg).init_weights(3)
+    save(model, tmp_path / "out")
+    assert load(tmp_path / "out").cfg == cfg
+    ids = recorded(name)["ids"]
+    assert torch.equal(load(tmp_path / "out")(ids), model(ids))
+
+
+def test_old_spelling_of_cohere2(tmp_path):
+    """As Command R7B's file on the hub: transformers 4's keys, and some that transformers ignores."""
+    shutil.copytree(HERE / "cohere2", tmp_path / "old")
+    raw = json.loads((tmp_path / "old" / "config.json").read_text(encoding="utf-8"))
+    rope = raw.pop("rope_parameters")
+    del raw["layer_types"], raw["dtype"]
+    raw |= {"rope_theta": rope["rope_theta"], "torch_dtype": "float32", "sliding_window_pattern": 4, "layer_switch": 4,
+            "order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
+            "rotary_pct": 1.0, "use_parallel_block": True, "use_gated_activation": True, "use_embedding_sharing": True,
+            "cache_implementation": "hybrid"}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert difference(load(tmp_path / "old"), recorded("cohere2")) < CLOSE
+    save(load(tmp_path / "old"), tmp_path / "new")
+    assert difference(load(tmp_path / "new"), recorded("cohere2")) < CLOSE
+
+
+# --- reward models
+
+@pytest.mark.parametrize("name", REWARD)
+def test_rewards_equal_transformers(name):
+    expected, model = recorded(name), load_reward_model(HERE / name)
+    ids, lengths = expected["ids"], expected["lengths"]
+    with torch.no_grad():
+        found = model(ids, lengths)
+        assert torch.allclose(found, expected["scores"], atol=1e-4) and found.dtype == torch.float32
+        ids[torch.arange(19) >= lengths[:, None]] = 9  # whatever stands behind a row
+        assert torch.allclose(model(ids, lengths), found, atol=1e-5)
+        for row, n, score in zip(ids, lengths, found):
+            assert torch.allclose(model(row[None, :n], n[None]), score[None], atol=1e-5)
+    assert (ids[2, 11] == 0) and not torch.allclose(  # the last row ends with the pad token: read one token earlier
+        F.linear(model.hidden(ids[2:, :12])[:, 11], model.score.weight)[:, 0], found[2:], atol=1e-3)
+
+
+def test_a_classifier_with_two_labels_is_refused(tmp_path):
+    shutil.copytree(HERE / "llama_rm", tmp_path / "two")
+    raw = json.loads((tmp_path / "two" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "two" / "config.json").write_text(json.dumps(raw | {"id2label": {"0": "a", "1": "b"}}),
+                                                  encoding="utf-8")
+    with pytest.raises(SystemExit, match="2 labels"):
+        load_reward_model(tmp_path / "two")
+
+
+# --- reading
+
+def test_loading_holds_no_second_copy_and_every_dtype_arrives(tmp_path):
+    stored = Checkpoint(HERE / "mistral")
+    assert len(set(stored.file.values())) > 1
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for key, p in load(HERE / "mistral", dtype).state_dict().items():
+            assert torch.equal(p, stored.read(key).to(dtype)), key
+    name = "model.layers.0.mlp.up_proj.weight"  # rows in the middle, as a rank reads them
+    out = torch.empty(4, 24)
+    stored.read_into(name, out, 5)
+    assert torch.equal(out, stored.read(name)[5:9])
+
+
+def test_values_too_large_for_the_dtype_are_refused(tmp_path):
+    shutil.copytree(HERE / "qwen2", tmp_path / "big")
+    tensors = load_file(tmp_path / "big" / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e30
+    save_file(tensors, tmp_path / "big" / "model.safetensors")
+    with pytest.raises(SystemExit, match="model.norm.weight holds values too large for torch.float16"):
+        load(tmp_path / "big", torch.float16)
+    load(tmp_path / "big", torch.bfloat16)
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append(name) or HERE / "llama")
+    assert load("someone/tiny-llama").cfg.model_type == "llama" and asked == ["someone/tiny-llama"]
+
+    def offline(name, **k):
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(SystemExit) as e:
+        load("someone/tiny-llama")
+    assert "no network" in str(e.value) and "--local-dir" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(SystemExit, match="out/nothing not found"):
+        load("out/nothing")
+
+
+# --- mutants: (checkpoint whose record notices it, how the architecture is broken)
+
+def family(**flags):
+    return lambda cfg, m: m.setattr(Config, "family", dataclasses.replace(cfg.family, **flags))
+
+
+def field(**values):
+    return lambda cfg, m: [setattr(cfg, k, v) for k, v in values.items()]
+
+
+MUTANTS = {
+    "interleaved pairs": ("llama", family(interleaved=True)), "RoPE of halves": ("cohere2", family(interleaved=False)),
+    "no llama3 scaling": ("llama", field(rope_scaling=None)),
+    "RoPE in full layers": ("cohere2", family(rope_in_full=True)),
+    "sequential block": ("cohere2", lambda cfg, m: m.setattr(
+        model_file.Block, "forward", lambda self, x, cos, sin, *o: (y := x + self.self_attn(
+            self.input_layernorm(x), cos, sin, *o)) + self.mlp(self.input_layernorm(y)))),
+    "window off by one": ("mistral", field(sliding_window=6)), "no window": ("qwen2_window", field(layer_types=None)),
+    "window in other layers": ("gemma2", field(layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "no attention cap": ("gemma2", field(attn_logit_softcapping=None)),
+    "no final cap": ("gemma2", field(final_logit_softcapping=None)),
+    "scale of D": ("gemma2", field(query_pre_attn_scalar=None)),
+    "embeddings not scaled": ("gemma2", family(embed_scale=False)), "weight + 1 forgotten": ("gemma2", family(norm="rms")),
+    "silu for gelu": ("gemma2", family(gelu=False)),
+    "post norms forgotten": ("gemma2", lambda cfg, m: m.setattr(
+        model_file.Block, "forward", lambda self, x, cos, sin, *o: (y := x + self.self_attn(
+            self.input_layernorm(x), cos, sin, *o)) + self.mlp(self.pre_feedforward_layernorm(y)))),
+    "tied head": ("llama", lambda cfg, m: m.setattr(Transformer, "head", property(
+        lambda self: self.model.embed_tokens.weight))),
+    "LayerNorm": ("mistral", lambda cfg, m: m.setattr(model_file, "rmsnorm", lambda x, w, eps, one: model_file.layernorm(
+        x, w, eps))),
+    "no qkv bias": ("qwen2", lambda cfg, m: m.setattr(F, "linear", lambda x, w, b=None: x @ w.T)),
+    "norm of q after RoPE": ("qwen3", lambda cfg, m: m.setattr(model_file.RMSNorm, "forward", lambda self, x: x if (
+        x.ndim == 4) else model_file.rmsnorm(x, self.weight, self.eps, self.plus_one)))}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_seen(mutant, monkeypatch):
+    name, change = MUTANTS[mutant]
+    expected, stored = recorded(name), load(HERE / name)
+    assert difference(stored, expected) < CLOSE
+    cfg = dataclasses.replace(stored.cfg)
+    change(cfg, monkeypatch)
+    broken = Transformer(cfg)
+    broken.load_state_dict(stored.state_dict(), strict=False)
+    assert not difference(broken, expected) < 1e-3 and math.isfinite(broken(expected["ids"]).sum().item())
