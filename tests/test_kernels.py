@@ -65,7 +65,7 @@ def swiglu_case(file, path, shape=(3, 5, 129)):
     return function, module("swiglu").swiglu_reference, lambda g, u: F.silu(g) * u, inputs
 
 
-def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True):
+def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True, interleaved=True):
     angle = randn(*((B, T, D // 2) if per_row else (T, D // 2))) * 3
     cos, sin = angle.cos().float(), angle.sin().float()
 
@@ -73,16 +73,19 @@ def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True):
         return cos.to(q.device), sin.to(q.device)
 
     def both(rotate):
-        return lambda q, k: (rotate(q, *table(q)), rotate(k, *table(q)))
+        return lambda q, k: (rotate(q, *table(q), interleaved), rotate(k, *table(q), interleaved))
 
-    def plain(x, cos, sin):
+    def plain(x, cos, sin, interleaved):
         cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+        if not interleaved:
+            a, b = x[..., : D // 2], x[..., D // 2 :]
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
     rope = file._Rope.apply if path == "triton" else kernels.rope
     inputs = [randn(B, T, H, D), randn(B, T, Hkv, D, seed=1)]
-    return lambda q, k: rope(q, k, *table(q)), both(module("rope").rope_reference), both(plain), inputs
+    return lambda q, k: rope(q, k, *table(q), interleaved), both(module("rope").rope_reference), both(plain), inputs
 
 
 def layernorm_case(file, path, rows=13, C=129):
@@ -123,17 +126,19 @@ def attention_case(
     return *calls, plain, inputs
 
 
-def token_logps_case(file, path, N=7, C=16, V=300, logit_scale=0.25, size=8.0):
+def token_logps_case(file, path, N=7, C=16, V=300, logit_scale=0.25, size=8.0, softcap=None):
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N))
     targets[0], targets[-1] = V - 1, 0
     function = file._TokenLogps.apply if path == "triton" else kernels.token_logps
 
     def plain(h, w):
-        return ((h @ w.T).float() * logit_scale).log_softmax(-1).gather(1, targets.to(h.device)[:, None]).squeeze(1)
+        logits = (h @ w.T).float() * logit_scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits.log_softmax(-1).gather(1, targets.to(h.device)[:, None]).squeeze(1)
 
     return (
-        lambda h, w: function(h, w, targets.to(h.device), logit_scale),
-        lambda h, w: module("token_logps").token_logps_reference(h, w, targets, logit_scale),
+        lambda h, w: function(h, w, targets.to(h.device), logit_scale, softcap),
+        lambda h, w: module("token_logps").token_logps_reference(h, w, targets, logit_scale, softcap),
         plain,
         [size * randn(N, C), randn(V, C, seed=1)],
     )
@@ -186,9 +191,9 @@ def test_swiglu(triton_device, path, dtype, shape):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 5, 3, 1, 32), (1, 7, 4, 2, 128)])
-@pytest.mark.parametrize("per_row", [True, False])
-def test_rope(triton_device, path, dtype, sizes, per_row):
-    case = rope_case(module("rope"), path, *sizes, per_row=per_row)
+@pytest.mark.parametrize("per_row, interleaved", [(True, True), (False, True), (True, False)])
+def test_rope(triton_device, path, dtype, sizes, per_row, interleaved):
+    case = rope_case(module("rope"), path, *sizes, per_row=per_row, interleaved=interleaved)
     check(*case, dtype, triton_device if path == "triton" else "cpu")
 
 
@@ -198,6 +203,26 @@ def test_rope(triton_device, path, dtype, sizes, per_row):
 def test_layernorm(triton_device, small_tiles, path, dtype, rows, C):
     case = layernorm_case(small_tiles("layernorm", module("layernorm")), path, rows, C)
     check(*case, dtype, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rmsnorm(dtype, plus_one):
+    def definition(x, w):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (w + plus_one)
+
+    ours = lambda x, w: kernels.rmsnorm(x, w, 1e-5, plus_one)  # noqa: E731
+    check(ours, definition, definition, [2 * randn(13, 129) + 1, randn(129, seed=1)], dtype, "cpu")
+
+
+def test_rmsnorm_rounds_where_each_family_does():
+    """Llama: to 16 bits, then the product; Gemma: the product, then to 16 bits. Each by hand at one element."""
+    x, w = torch.tensor([3.0, 1.0, 1.0]).bfloat16(), torch.tensor([1.0078125, 1.0, 1.0]).bfloat16()  # 1 + one bf16 step
+    x_hat = 3 / (11 / 3) ** 0.5  # 1.5667
+    once, twice = torch.tensor(x_hat * 1.0078125), torch.tensor(x_hat).bfloat16().float() * 1.0078125
+    assert once.bfloat16() != twice.bfloat16()
+    assert kernels.rmsnorm(x, w, 0.0)[0] == twice.bfloat16()
+    assert kernels.rmsnorm(x, w - 1, 0.0, plus_one=True)[0] == once.bfloat16()
 
 
 ATTENTION = {
@@ -240,8 +265,9 @@ def test_attention_of_long_rows_on_cpu():
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 16, 129), (7, 16, 300), (35, 8, 127)])
-def test_token_logps(triton_device, small_tiles, path, dtype, sizes):
-    case = token_logps_case(small_tiles("token_logps", module("token_logps")), path, *sizes)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_token_logps(triton_device, small_tiles, path, dtype, sizes, softcap):
+    case = token_logps_case(small_tiles("token_logps", module("token_logps")), path, *sizes, softcap=softcap)
     check(*case, dtype, triton_device if path == "triton" else "cpu")
 
 
@@ -381,6 +407,9 @@ MUTANTS = [
     ("rope", "sign of the second half", "a * sin + b * cos", "a * sin - b * cos", {}),
     ("rope", "halves instead of interleaved pairs", "(BLOCK_H, D // 2, 2)))",
      "(BLOCK_H, 2, D // 2)).permute(0, 2, 1))", {}),
+    ("rope", "interleaved pairs instead of halves", "    if INTERLEAVED:", "    if True:", dict(interleaved=False)),
+    ("rope", "sign in the halves layout", "at, a * cos - b * sin", "at, a * cos + b * sin", dict(interleaved=False)),
+    ("rope", "halves of half the width", "at + D // 2, mask", "at + D // 4, mask", dict(interleaved=False)),
     ("rope", "backward rotates forward", "INVERSE=inverse", "INVERSE=False", {}),
     ("rope", "one table for all rows", "0 if cos.dim() == 2 else T * (D // 2)", "0", {}),
     ("rope", "position off by one", "(token % T)", "((token + 1) % T)", {}),
@@ -405,7 +434,12 @@ MUTANTS = [
     ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
     ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
     ("token_logps", "slices not joined", "tl.exp(lse - high) + ", "", {}),
-    ("token_logps", "words past the end counted", 'other=-float("inf")', "other=0.0", dict(size=0.5)),
+    ("token_logps", "words past the end counted", 'tl.where(col < V, z, -float("inf"))', "z", dict(size=0.5)),
+    ("token_logps", "soft cap without its slope", "1.0 - (z / SOFTCAP) * (z / SOFTCAP)", "1.0", dict(softcap=5.0)),
+    ("token_logps", "soft cap of half the width", "tl.sigmoid(z * (2.0 / SOFTCAP))", "tl.sigmoid(z * (1.0 / SOFTCAP))",
+     dict(softcap=5.0)),
+    ("token_logps", "target's logit not capped", "_cap(tl.load(logits_ptr + target) * logit_scale, SOFTCAP)",
+     "tl.load(logits_ptr + target) * logit_scale", dict(softcap=5.0)),
     ("token_logps", "logit_scale missing in the gradient", "(g_ptr + row) * logit_scale", "(g_ptr + row)", {}),
     ("token_logps", "dhidden of the last slice only", "dhidden += ", "dhidden = ", {}),
     ("token_logps", "no rescaling when the maximum grows", "total * tl.exp(top - new_top)", "total", {}),
