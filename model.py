@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope_tables(positions)
         x = self.model.embed_tokens(ids)
         if self.cfg.family.embed_scale:  # rounded to x's dtype first, as Gemma was trained: 55.43 is 55.5 in bfloat16
-            x = x * torch.tensor(self.cfg.hidden_size ** 0.5, dtype=x.dtype).item()
+            x = x * torch.tensor(self.cfg.hidden_size ** 0.5, dtype=torch.float32).to(x.dtype).item()
         for block in self.model.layers:
             x = block(x, cos, sin, doc_start, cache)
         return self.model.norm(x)
