@@ -1,14 +1,17 @@
 """
-Sampling: batched, with a KV cache, and the same samples whatever the batch.
+Sampling: batched, with a KV cache, and the same samples whatever the batch; or, without --prompts, a chat in the terminal.
 
 Prompts of similar length share a batch; the K samples of a prompt share its prefill; rows that have ended leave the
 batch. Each token is drawn by inverse transform from one uniform number that depends only on (seed, prompt, sample,
 position), so neither batch size nor order nor the number of ranks changes what is drawn.
 
+python generate.py --model out/mini/final                                   # a chat; any checkpoint with a chat template
 python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out out/my-completions.jsonl
 python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --out k.jsonl --samples 8 --temperature 0.8
 """
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +28,10 @@ from model import KVCache, load
 @dataclass
 class Config:
     model: str = "out/mini/final"  # checkpoint folder
-    prompts: str = "out/mini/data/test.jsonl"  # rows with id, language, prompt
+    prompts: str | None = None  # file of rows with id, language, prompt; without it: a chat in the terminal
     languages: list[str] = field(default_factory=list)  # answer only prompts in these languages (default: all)
     out: str = "out/mini/completions.jsonl"  # one row a completion: id, language, prompt, completion, teacher, sample
-    max_new_tokens: int = 48  # longest completion, in tokens
+    max_new_tokens: int = 256  # longest completion, in tokens
     temperature: float = 0.0  # 0: the most likely token each time (greedy)
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     samples: int = 1  # completions per prompt
@@ -140,14 +143,99 @@ def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samp
              "teacher": teacher, "sample": k, "ended": ended} for i, k, text, ended in sorted(common.gather_list(done))]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a chat in the terminal
+
+@torch.no_grad()
+def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0, vocab_size=None):
+    """What generate() returns for one prompt, a list of token ids, but each new id is yielded as it is drawn."""
+    weight = next(model.parameters())
+    cache = KVCache(model.cfg, 1, len(prompt) + max_new_tokens, weight.dtype, weight.device)
+    ids = torch.tensor([prompt], device=weight.device)
+    for position in range(max_new_tokens):
+        logits = model.logits(model.hidden(ids, cache=cache)[:, -1])[:, :vocab_size]
+        token = draw(logits, temperature, top_p, torch.from_numpy(uniforms(seed, [0], [0], position)))
+        yield token.item()
+        if token.item() in stop_ids:
+            return
+        ids = token[:, None]
+
+
+def pieces(chat, ids):
+    """Ids one by one -> their text piece by piece. A character of several tokens is held back until it is whole."""
+    seen, shown = [], ""
+    for i in ids:
+        seen.append(i)
+        text = chat.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown):]
+            shown = text
+    yield chat.decode(seen)[len(shown):]
+
+
+def answer(model, chat, messages, cfg, number):
+    """Prints the answer to a conversation as it is made -> its text, or None if the template refuses the messages."""
+    try:
+        prompt = chat.prompt_ids(messages)
+    except SystemExit as e:  # a template may know no system turn; the conversation before it goes on
+        return print(e)
+    if len(prompt) + cfg.max_new_tokens > model.cfg.max_position_embeddings:
+        print(f"({len(prompt)} tokens so far; this model was made for {model.cfg.max_position_embeddings}: /reset)")
+    said, ids = "", []
+    tokens = stream(model, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_p, chat.stop_ids, cfg.seed + number,
+                    chat.vocab_size)
+    try:
+        for piece in pieces(chat, (ids.append(i) or i for i in tokens)):
+            print(piece, end="", flush=True)
+            said += piece
+        print("" if ids[-1] in chat.stop_ids else f"\n(cut off at {cfg.max_new_tokens} tokens: --max_new_tokens)")
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+    return said
+
+
+def talk(model, chat, cfg):
+    """Reads lines, streams answers, remembers both. Text goes out as the model wrote it: direction is the terminal's."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  line editing and history in input()
+    for file in (sys.stdin, sys.stdout):
+        file.reconfigure(encoding="utf-8", errors="replace")
+    help_text = "/system TEXT sets the system prompt, /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends"
+    print(f"{cfg.model}: {help_text}")
+    system, turns = [], []
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = text.partition(" ")
+        if command == "/reset":
+            turns = []
+            print("(forgotten; the system prompt stays)" if system else "(forgotten)")
+        elif command == "/system":
+            system, turns = [{"role": "system", "content": rest}] if rest.strip() else [], []
+            print("(a new conversation, with this system prompt)" if system else "(a new conversation, without one)")
+        elif command.startswith("/"):
+            print(help_text)
+        elif text:
+            asked = [*turns, {"role": "user", "content": text}]
+            said = answer(model, chat, system + asked, cfg, len(turns))
+            if said:  # an empty answer is not a turn that a template would accept again
+                turns = [*asked, {"role": "assistant", "content": said}]
+
+
 def main(cfg):
     if "://" in cfg.model:
         die("endpoints (URL#name) are not supported yet; give a checkpoint folder")
     device = init_distributed()
-    model, chat = load(cfg.model, device=device), Chat(cfg.model)
+    if cfg.prompts is None:
+        if common.world() > 1:
+            die("a chat runs in one process; give --prompts to sample on several ranks")
+        return talk(load(cfg.model, device=device), Chat(cfg.model), cfg)
     rows = [r for r in read_rows(cfg.prompts, "prompts") if not cfg.languages or r["language"] in cfg.languages]
     if not rows:
         die(f"{cfg.prompts} holds no prompt in {' '.join(cfg.languages)}")
+    model, chat = load(cfg.model, device=device), Chat(cfg.model)
     done = complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
                     cfg.batch_size, Path(cfg.model).name)
     cut_off = sum(not row["ended"] for row in done)

@@ -7,6 +7,10 @@ The chi-square tests know what they would miss: each also rejects a distribution
 """
 
 import random
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ import torch
 import generate as generate_file
 import tiny
 from chat import Chat
-from generate import Config, complete, draw, generate, main, uniforms
+from generate import Config, complete, draw, generate, main, pieces, stream, talk, uniforms
 from model import Config as ModelConfig
 from model import Transformer, load
 
@@ -284,3 +288,83 @@ def test_refusals(folder, changes, words):
     with pytest.raises(SystemExit) as e:
         main(Config(out=str(folder / "refused.jsonl"), **settings))
     assert words in str(e.value) and "\n" not in str(e.value) and not (folder / "refused.jsonl").exists()
+
+
+# --- a chat in the terminal ---
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_stream_is_what_generate_returns(model, prompts, temperature):
+    for seed, prompt in enumerate(prompts[:5]):
+        options = dict(temperature=temperature, top_p=0.9, stop_ids={7, 8, 9}, seed=seed, vocab_size=V // 2)
+        expected = generate(model, [prompt], 25, **options)[0][0]
+        assert list(stream(model, prompt, 25, **options)) == expected
+
+
+@pytest.mark.parametrize("kind", ["aya", "llama3", "qwen", "gemma", "mistral", "cohere2"])
+def test_pieces_are_whole_characters_and_the_whole_text(kind):
+    chat = Chat(Path(__file__).parent / "fixtures" / "chat" / kind)
+    for text in ("می\u200cروم به خانه", "שָׁלוֹם עולם!", "नमस्ते दुनिया", "繁體與简体", "e\u0301 👩\u200d🚀 ok", "\u200fمرحبا (3)", "x"):
+        ids = chat.completion_ids(text)
+        seen = list(pieces(chat, iter(ids)))
+        assert "".join(seen) == chat.decode(ids) and not any("\ufffd" in piece for piece in seen), text
+        assert chat.decode(ids) in (text.strip(), unicodedata.normalize("NFC", text.strip()))  # some tokenizers do that
+    cut = chat.completion_ids("日本")[:1]  # an answer that is cut off inside a character is shown all the same
+    assert "".join(pieces(chat, iter(cut))) == chat.decode(cut)
+
+
+def typed(monkeypatch, *lines):
+    """What a person types, then Ctrl-D."""
+    lines = iter(lines)
+
+    def next_line(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", next_line)
+    for file in (sys.stdin, sys.stdout):  # pytest's have no reconfigure
+        monkeypatch.setattr(file, "reconfigure", lambda **k: None, raising=False)
+
+
+def test_chat_remembers_resets_and_takes_a_system_prompt(folder, monkeypatch, capsys):
+    chat, net, asked = Chat(folder / "model"), load(folder / "model"), []
+    monkeypatch.setattr(generate_file, "stream", lambda model, prompt, *a: asked.append(prompt) or iter(
+        chat.completion_ids(f"answer {len(asked)}")))
+    typed(monkeypatch, "trois", "", "cent", "/system be brief", "أربعون", "/reset", "347", "/what", "/system", "x")
+    talk(net, chat, Config(model="m"))
+    user, said = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+    system = {"role": "system", "content": "be brief"}
+    assert asked == [chat.prompt_ids(messages) for messages in (
+        [user("trois")], [user("trois"), said("answer 1"), user("cent")], [system, user("أربعون")],
+        [system, user("347")], [user("x")])]
+    shown = capsys.readouterr().out
+    assert shown.count("/reset forgets") == 2 and "answer 5" in shown and "(cut off" not in shown
+
+
+def test_chat_goes_on_after_ctrl_c_and_after_a_refusal(folder, monkeypatch, capsys):
+    chat, asked = Chat(Path(__file__).parent / "fixtures" / "chat" / "gemma"), []  # its template knows no system turn
+
+    def interrupted(model, prompt, *a):
+        asked.append(prompt)
+        yield from chat.completion_ids("this much of it")[:3]
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(generate_file, "stream", interrupted)
+    typed(monkeypatch, "/system x", "hello", "/system", "hello", "again")
+    talk(load(folder / "model"), chat, Config(model="m", max_new_tokens=3))
+    shown = capsys.readouterr().out
+    assert "error: " in shown and "(stopped)" in shown and "(cut off at 3 tokens" in shown and len(asked) == 2
+    partial = chat.decode(chat.completion_ids("this much of it")[:3])
+    assert asked[1] == chat.prompt_ids([{"role": "user", "content": "hello"}, {"role": "assistant", "content": partial},
+                                        {"role": "user", "content": "again"}])
+
+
+def test_chat_from_the_command_line(folder):
+    """Bytes in, bytes out, in a locale that is not UTF-8."""
+    net, chat = load(folder / "model"), Chat(folder / "model")
+    done = subprocess.run([sys.executable, "generate.py", "--model", str(folder / "model"), "--max_new_tokens", "12"],
+                          cwd=tiny.ROOT, input="ثلاثمائة وسبعة\n".encode(), capture_output=True, timeout=120,
+                          env=tiny.environment() | {"PYTHONIOENCODING": "latin-1"})
+    ids = generate(net, [chat.prompt_ids("ثلاثمائة وسبعة")], 12, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size)[0][0]
+    assert done.returncode == 0, done.stderr.decode()
+    assert chat.decode(ids) in done.stdout.decode("utf-8") and b"Traceback" not in done.stderr
