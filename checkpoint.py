@@ -25,7 +25,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CHUNK = 1 << 24  # bytes read at once: what a load needs beside the model
 SHARD = 5 * 10**9  # bytes of tensors in one file, Hugging Face's habit
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-           "chat_template.jinja", "generation_config.json")  # files that travel with the weights
+           "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+           "generation_config.json")  # files that travel with the weights
 INDEX = "model.safetensors.index.json"
 
 
@@ -45,7 +46,7 @@ def find(name):
         if turn == min(local_rank, 1):
             try:
                 folder = huggingface_hub.snapshot_download(str(name), allow_patterns=[
-                    "*.json", "model*.safetensors", "*.jinja", "tokenizer.model"])
+                    "*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"])
             except Exception as e:  # many kinds: offline, no such model, a licence to accept, a broken connection
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
                 die(f"{name} is no folder here and could not be fetched from the hub ({reason}); on a machine with a "
@@ -147,13 +148,21 @@ class Checkpoint:
                     die(f"{self.folder / self.file[name]}: tensor {name} holds NaN or infinity: the checkpoint is "
                         "broken; leave it out")
 
-    def read(self, name):
-        """The whole tensor as it is stored; whether its values are finite is not looked at."""
-        shape, dtype = self.table[name]
-        out = torch.empty(shape, dtype=dtype)
-        with self._at(name) as f:
-            self._fill(f, out.view(-1), name)
-        return out
+    def same(self, name, other):
+        """Do two tensors hold the same bytes? Read chunk by chunk: either may be 4 GB."""
+        (shape, dtype), chunks = self.table[name], torch.empty(2, CHUNK, dtype=torch.uint8)
+        if self.table[other] != (shape, dtype):
+            return False
+        left = math.prod(shape) * dtype.itemsize
+        with self._at(name) as f, self._at(other) as g:
+            while left > 0:
+                a, b = (chunk[:min(left, CHUNK)] for chunk in chunks)
+                self._fill(f, a, name)
+                self._fill(g, b, other)
+                if not torch.equal(a, b):
+                    return False
+                left -= len(a)
+        return True
 
     def _at(self, name, offset=0):
         """The tensor's file, opened, at this byte of the tensor. No mapping: mapped pages would count as memory."""
@@ -219,6 +228,7 @@ def write_weights(folder, table, whole, limit=SHARD):
 def carry(source, folder):
     """Copies the tokenizer's files, the chat template and generation_config.json, byte for byte."""
     source = find(source)
-    for name in CARRIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, Path(folder) / name)
+    for path in (path for pattern in CARRIED for path in source.glob(pattern)):
+        to = Path(folder) / path.relative_to(source)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)

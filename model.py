@@ -44,6 +44,21 @@ def rope_frequencies(cfg):
     return frequency
 
 
+class Linear(nn.Linear):
+    """nn.Linear without random weights: init_weights() or a checkpoint gives them. Drawing some that are thrown away costs
+    time, and on the meta device a second and 70 MB for the part of torch that this imports."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without random weights, as Linear."""
+
+    def reset_parameters(self):
+        pass
+
+
 class LayerNorm(nn.Module):
     """Mean and variance over the last axis, a weight, no bias; fp32 inside. A (H, D) weight normalises each head."""
 
@@ -82,10 +97,10 @@ class Attention(nn.Module):
         super().__init__()
         C, D, family = cfg.hidden_size, cfg.head_dim, cfg.family
         self.n_head, self.n_kv_head, self.head_dim = cfg.num_attention_heads, cfg.num_key_value_heads, D
-        self.q_proj = nn.Linear(C, self.n_head * D, bias=family.qkv_bias)
-        self.k_proj = nn.Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
-        self.v_proj = nn.Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
-        self.o_proj = nn.Linear(self.n_head * D, C, bias=False)
+        self.q_proj = Linear(C, self.n_head * D, bias=family.qkv_bias)
+        self.k_proj = Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
+        self.v_proj = Linear(C, self.n_kv_head * D, bias=family.qkv_bias)
+        self.o_proj = Linear(self.n_head * D, C, bias=False)
         if family.qk_norm == "head" and cfg.use_qk_norm:
             self.q_norm = LayerNorm((self.n_head, D), cfg.layer_norm_eps)
             self.k_norm = LayerNorm((self.n_kv_head, D), cfg.layer_norm_eps)
@@ -113,9 +128,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
         self.gelu = cfg.family.gelu
 
     def forward(self, x):
@@ -154,7 +169,7 @@ class Backbone(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = make_norm(cfg)
 
@@ -190,7 +205,7 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.model = Backbone(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
     def init_weights(self, seed=0):
         """Normal(0, initializer_range) for every matrix, the same for a seed on any machine; biases 0, norms stay."""
@@ -276,8 +291,8 @@ def fill(model, stored, dtype=None, device=None, wrap=None):
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     table = {name: entry for name, entry in stored.table.items() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in table and "lm_head.weight" not in own:  # some folders store a tied head a second time
-        if model.has_head and not torch.equal(stored.read("lm_head.weight"),
-                                              stored.read("model.embed_tokens.weight")):
+        if model.has_head and "model.embed_tokens.weight" in table and not stored.same("lm_head.weight",
+                                                                                       "model.embed_tokens.weight"):
             die(f"{stored.folder}: tensor lm_head.weight differs from the embedding, but config.json ties them; set "
                 "tie_word_embeddings to false, or remove the tensor")
         del table["lm_head.weight"]
@@ -294,8 +309,13 @@ def fill(model, stored, dtype=None, device=None, wrap=None):
     for shape, kind in table.values():
         sizes[kind] += math.prod(shape)
     model.to(dtype or sizes.most_common(1)[0][0])
-    model = (wrap or (lambda m: m))(model)
-    model.to_empty(device=device or "cpu")
+    model = wrap(model) if wrap else model
+    if any(hasattr(p, "to_local") for p in model.parameters()):  # FSDP's shards
+        model.to_empty(device=device or "cpu")
+    else:  # the same for plain ones: to_empty imports torch's compiler, a second and 70 MB
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
     parameters = dict(model.named_parameters())
     for name in sorted(own, key=lambda name: (stored.file[name], stored.begin[name])):
         p, row = parameters[name].detach(), 0

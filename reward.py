@@ -28,7 +28,7 @@ from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
 from data import Example, encode_row, pad_batch, read_rows, write_rows
-from model import Transformer, fill, load, write_checkpoint
+from model import Linear, Transformer, fill, load, write_checkpoint
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
 CLASSIFIERS = [f"{name}ForSequenceClassification" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")]
@@ -49,7 +49,7 @@ class RewardModel(Transformer):
     def __init__(self, cfg, response_token):
         super().__init__(cfg)
         self.response_token = response_token  # id of the assistant's role token: the completion follows its last one
-        self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
+        self.score = Linear(cfg.hidden_size, 1, bias=False)
         self.logp_weight = nn.Parameter(torch.tensor([1.0, 1.0]))  # of the mean and of the smallest log-probability
 
     def completion_mask(self, ids, lengths):
@@ -88,7 +88,7 @@ class Classifier(Transformer):
 
     def __init__(self, cfg):
         super().__init__(dataclasses.replace(cfg, tie_word_embeddings=True))  # tied: no lm_head is made
-        self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
+        self.score = Linear(cfg.hidden_size, 1, bias=False)
 
     def encode(self, chat, prompt, completion):
         """What the model reads: the conversation, rendered and tokenised whole."""
@@ -148,7 +148,7 @@ def new_reward_model(path, device=None):
     model.model, options = base.model, {"dtype": base.head.dtype, "device": base.head.device}
     if not base.cfg.tie_word_embeddings:
         model.lm_head = base.lm_head
-    model.score = nn.Linear(base.cfg.hidden_size, 1, bias=False, **options)
+    model.score = Linear(base.cfg.hidden_size, 1, bias=False, **options)
     nn.init.zeros_(model.score.weight)
     model.logp_weight = nn.Parameter(torch.ones(2, **options))
     return model

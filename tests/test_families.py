@@ -9,6 +9,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import tiny
 import model as model_file
 from checkpoint import Checkpoint
 from config import Config
@@ -172,16 +175,86 @@ def test_a_classifier_with_two_labels_is_refused(tmp_path):
 
 # --- reading
 
-def test_loading_holds_no_second_copy_and_every_dtype_arrives(tmp_path):
+def test_every_dtype_arrives_and_so_do_rows_from_the_middle():
     stored = Checkpoint(HERE / "mistral")
-    assert len(set(stored.file.values())) > 1
+    files = sorted(set(stored.file.values()))
+    assert len(files) > 1
+    expected = {key: x for file in files for key, x in load_file(HERE / "mistral" / file).items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for key, p in load(HERE / "mistral", dtype).state_dict().items():
-            assert torch.equal(p, stored.read(key).to(dtype)), key
+            assert torch.equal(p, expected[key].to(dtype)), key
     name = "model.layers.0.mlp.up_proj.weight"  # rows in the middle, as a rank reads them
     out = torch.empty(4, 24)
     stored.read_into(name, out, 5)
-    assert torch.equal(out, stored.read(name)[5:9])
+    assert torch.equal(out, expected[name][5:9])
+
+
+PEAK = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from model import load
+def status(key):
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+torch.ones(300, 300) @ torch.ones(300, 300)
+with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
+    f.write("5")  # the peak starts again here
+before = status("VmRSS")
+model = load({folder!r}, torch.{dtype})
+print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's peak memory as Linux tells it")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_needs_the_model_and_no_second_copy_of_a_tensor(tmp_path, dtype):
+    """One tensor is nearly all of the model: a copy of it, in either dtype, would show."""
+    cfg = Config(vocab_size=300_000, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.ones_(p)
+    save(model, tmp_path / "one")
+    code = PEAK.format(root=str(HERE.parents[2]), folder=str(tmp_path / "one"), dtype=dtype)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    peak, size = map(int, done.stdout.split())
+    assert size < peak < size + 60e6, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+
+
+RANK = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import checkpoint, common
+from model import load, save
+common.init_distributed()
+asked, plain = [], checkpoint.Checkpoint._fill
+def count(self, f, chunk, name):
+    asked.append(chunk.numel() * chunk.element_size())
+    return plain(self, f, chunk, name)
+checkpoint.Checkpoint._fill = count
+model = load({folder!r}, torch.float32, wrap=common.wrap)
+own = sum(p.to_local().numel() * 4 for p in model.parameters())
+assert sum(asked) == own, (sum(asked), own)
+assert all(type(p).__name__ == "DTensor" or hasattr(p, "to_local") for p in model.parameters())
+share = own / sum(p.numel() * 4 for p in model.parameters())
+assert share < 0.6, share
+save(model, {out!r})
+"""
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "qwen2"])  # a head of its own; tied, 43 rows; biases
+def test_two_ranks_read_their_own_rows_and_save_the_same_file(name, tmp_path):
+    code = tmp_path / "rank.py"
+    code.write_text(RANK.format(root=str(HERE.parents[2]), folder=str(HERE / name), out=str(tmp_path / "out")),
+                    encoding="utf-8")
+    tiny.script(code, ranks=2)
+    again, model = load(tmp_path / "out"), load(HERE / name)
+    assert again.cfg == model.cfg
+    for key, p in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], p), key
 
 
 def test_values_too_large_for_the_dtype_are_refused(tmp_path):

@@ -248,10 +248,8 @@ def test_both_spellings_of_the_rope_base(copy):
     assert not torch.equal(load(neither)(ids), expected)
 
 
-def test_aya_expanse_8b_config(tmp_path, monkeypatch):
+def test_aya_expanse_8b_config(tmp_path):
     """The keys of CohereLabs/aya-expanse-8b's config.json, in the hub's (old) spelling."""
-    for layer in (torch.nn.Linear, torch.nn.Embedding):  # drawing 8 billion numbers that do not exist is slow
-        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     (tmp_path / "config.json").write_text(json.dumps({
         "architectures": ["CohereForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 5,
         "eos_token_id": 255001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -335,6 +333,18 @@ def test_a_stored_tied_head_is_no_surplus(copy):
     assert torch.equal(load(folder)(ids), expected)
 
 
+def test_a_stored_tied_head_that_differs_is_refused(copy, monkeypatch):
+    folder = copy()
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+    change_tensors(folder, change)
+    for chunk in (1 << 24, 100):  # bytes that are compared at a time
+        monkeypatch.setattr(checkpoint, "CHUNK", chunk)
+        refusal(lambda: load(folder), folder, "lm_head.weight", "tie_word_embeddings")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_file(copy, share):
     folder = copy("cohere_mha")
@@ -394,6 +404,19 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, name):
     raw = json.loads((out / "config.json").read_text())
     assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == model.cfg.rope_theta  # both spellings
     assert raw["architectures"] == ["CohereForCausalLM"] and raw["tie_word_embeddings"] is True
+
+
+def test_all_files_of_the_tokenizer_travel(copy, tmp_path):
+    folder, files = copy(), ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+                             "additional_chat_templates/tool_use.jinja", "generation_config.json"]
+    (folder / "additional_chat_templates").mkdir()
+    for name in files:
+        (folder / name).write_text(f"{name} שלום", encoding="utf-8")
+    (folder / "notes.md").write_text("stays", encoding="utf-8")
+    save(load(folder), tmp_path / "out")
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert not (tmp_path / "out" / "notes.md").exists()
 
 
 def test_dtypes(tmp_path, gqa):

@@ -533,7 +533,7 @@ def test_an_error_is_one_line_and_exit_status_1(here, tmp_path):
 
 @pytest.mark.parametrize("name, flags, words", [
     ("sft", ["--model", "{here}/none"], "none"), ("rm", ["--model", "{here}/none"], "none"),
-    ("dpo", ["--model", "{here}/none"], "none"), ("dpo", ["--model", "{here}/rm"], "not part of this architecture"),
+    ("dpo", ["--model", "{here}/none"], "none"), ("dpo", ["--model", "{here}/rm"], "is not a causal language model"),
     ("sft", ["--data", "{here}/none.jsonl"], "none.jsonl not found"),
     ("sft", ["--data", "{here}/sft.jsonl:0.5", "{here}/short.jsonl"], "every file a weight"),
     ("sft", ["--data", "{here}/sft.jsonl:0"], "a weight must be above 0"),
