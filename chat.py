@@ -10,6 +10,8 @@ import datetime
 import json
 import os
 import re
+from array import array
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,7 +58,12 @@ def train_tokenizer(texts, vocab_size, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # templates
 
-MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a text that is tokenised apart
+MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a piece of text that is tokenised apart
+CACHED = 2**24  # token ids that are remembered, 64 MB
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def compile_template(text, where):
@@ -83,12 +90,15 @@ def compile_template(text, where):
         return day.strftime(form)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     env.globals |= {"raise_exception": refuse, "strftime_now": today}
     try:
         return env.from_string(text)
     except jinja2.TemplateSyntaxError as e:
         die(f"{where}: line {e.lineno} of the chat template is wrong: {e.message}")
+    except Exception as e:  # what Python says of the code that jinja2 made of it: nested too deep, too long a number
+        die(f"{where}: the chat template cannot be compiled ({one_line(e)})")
 
 
 def read_template(folder, config):
@@ -100,7 +110,8 @@ def read_template(folder, config):
             die(f"{path} cannot be read ({e}); copy it again")
     path, found = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(found, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+    found = found.get("default") if isinstance(found, dict) else found
     return (found, path) if isinstance(found, str) else (None, None)
 
 
@@ -124,21 +135,27 @@ class Chat:
             die(f"{path} is damaged or of a kind that tokenizers does not know ({str(e).splitlines()[0]}); copy it again")
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        config = {} if not (p := self.folder / "tokenizer_config.json").exists() else read_json(p)
-        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+        config, more = ({} if not (p := self.folder / file).exists() else read_json(p)
+                        for file in ("tokenizer_config.json", "special_tokens_map.json"))
+        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in (more | config).items()
                  if key.endswith("_token") and isinstance(value, (str, dict))}
+        own = self.tokenizer.encode("", add_special_tokens=True).ids  # what the tokenizer puts around any text
+        if own and "bos_token" not in names:  # some files leave it to a default of their class in transformers
+            names["bos_token"] = self.tokenizer.id_to_token(own[0])
         added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.names, (text, self.where) = names, read_template(self.folder, config)
         self.template = compile_template(text, self.where) if text is not None else None
-        self._cache = {}  # prompts and completions repeat: K samples, several epochs, several scorers
+        self._cache, self._cached = {}, 0  # prompts and completions repeat: K samples, several epochs, several scorers
+        alone, behind = (self.tokenizer.encode(x, add_special_tokens=False).ids for x in ("a", "|a"))
+        self.puts_space = behind[-len(alone):] != alone  # as SentencePiece does in front of a text
 
         # 1) one BOS: the one the template writes, or the one the tokenizer would put before a text
-        own = self.tokenizer.encode("", add_special_tokens=True).ids
         self.bos = self._id(names.get("bos_token"))
         self.adds_bos = self.bos is not None and own[:1] == [self.bos]
 
-        # 2) which tokens are not text: special ones, and the added ones that a conversation is framed with
+        # 2) which tokens are not text: special ones, and the added ones that a conversation is framed with; but not line
+        # breaks (which are added tokens in Gemma's files), nor what the template looks for in a text, as <think>
         self.control = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self.control |= {self._id(name) for name in names.values()} - {None}
         turn, rendered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], ""
@@ -146,9 +163,8 @@ class Chat:
             rendered = rendered or (self._render(messages, True, refused="") if self.template else "")
         if lost := [t for t in re.findall(r"<\|\w+\|>", rendered) if self._id(t) is None]:
             die(f"{self.where}: the chat template writes {lost[0]}, which {path} does not know: they are of two models")
-        self.control |= {i for i, content in added.items() if content in rendered}
-        self.spelled = re.compile("|".join(sorted((re.escape(added[i]) for i in self.control if i in added),
-                                                  key=len, reverse=True)) or r"(?!)")
+        self.control |= {i for i, token in added.items() if token in rendered and token.strip() and not re.search(
+            rf"""(['"]){re.escape(token)}\1\s*(not\s+)?in\b|split\(\s*['"]{re.escape(token)}""", text)}
 
         # 3) what ends a turn: what the model's files say, and the token that the template writes behind an answer
         self.stop_ids = {self._id(names.get("eos_token"))} - {None}
@@ -156,9 +172,10 @@ class Chat:
             ids = read_json(p).get("eos_token_id") if (p := self.folder / file).exists() else None
             self.stop_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)
                               and not isinstance(i, bool) and 0 <= i < self.vocab_size}
+        self.control |= self.stop_ids & added.keys()
         if self.template:
-            tail = self._tail("b")
-            behind = [i for i in tail if i in self.control]
+            whole = self._render([turn[0], {"role": "assistant", "content": "\ue0000\ue001"}], False)
+            behind = [i for i in self._plain(MARK.split(whole)[-1], False) if i in self.control]
             self.end = next((i for i in behind if i in self.stop_ids), behind[0] if behind else None)
             if self.end is None:
                 die(f"{self.where}: the chat template writes no special token behind an answer, so no answer would end")
@@ -190,44 +207,15 @@ class Chat:
             shown = json.dumps(messages, ensure_ascii=False)
             reason = " ".join(str(e).split()) or type(e).__name__
             die(f"{self.where}: the chat template refuses a conversation ({reason}): {shown[:80]}")
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
-            die(f"{self.where}: the chat template fails ({type(e).__name__}: {e})")
+        except Exception as e:  # a template is a program from elsewhere: it may fail in any way
+            die(f"{self.where}: the chat template fails ({one_line(e)})")
 
-    def _ids(self, messages, add_generation_prompt):
-        """Ids of a rendered conversation, with one BOS."""
-        guarded, texts = self._guard(messages)
-        return self._text_ids([self._render(guarded, add_generation_prompt)], texts)
-
-    def _text_ids(self, pieces, texts):
-        """Pieces of a rendering, each tokenised apart, with one BOS."""
-        ids = []
-        for piece in pieces:
-            for n, part in enumerate(MARK.split(piece) if texts else [piece]):
-                ids += self._part_ids(n, part, texts, first=not ids)
-        return [self.bos, *ids] if self.adds_bos and ids[:1] != [self.bos] else ids
-
-    def _guard(self, messages):
-        """
-        A text that spells out a control token must not become one. Such texts (rare) are put aside and leave a mark in
-        private-use characters, so that the template's own words and theirs are tokenised apart. -> (messages, texts)
-        """
-        guarded, texts = [], []
-        for m in messages:
-            if not self.control.isdisjoint(self._plain(m["content"], True)) or MARK.search(m["content"]):
-                core = m["content"].strip()
-                texts.append(core)
-                m = m | {"content": m["content"].replace(core, f"\ue000{len(texts) - 1}\ue001", 1)}
-            guarded.append(m)
-        return guarded, texts
-
-    def _part_ids(self, n, part, texts, first=False):
-        """Of a rendering split by MARK, part n: the template's own words, or at odd n the number of a text."""
-        return self._apart(texts[int(part)], first) if n % 2 else self._plain(part, first)
+    # --- tokenising
 
     def _plain(self, text, first):
         """Ids of a text; where it is not the first one, without the space that SentencePiece puts in front."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if not first and text:
+        if self.puts_space and not first and text:
             for mark in "\n|0.a":
                 line = self.tokenizer.encode(mark, add_special_tokens=False).ids
                 behind = self.tokenizer.encode(mark + text, add_special_tokens=False).ids
@@ -235,98 +223,119 @@ class Chat:
                     return behind[len(line):]
         return ids
 
-    def _apart(self, text, first=True):
-        """Ids without a control token: cut in the middle of each."""
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        cuts = [sum(span) // 2 for i, span in zip(found.ids, found.offsets) if i in self.control]
-        if not cuts:
-            return self._plain(text, first)
-        return [i for a, b in zip([0, *cuts], [*cuts, None]) for i in self._apart(text[a:b], first and a == 0)]
+    def _spelled(self, text):
+        """Ids of a text that spells a control token, without that token: it is cut in the middle."""
+        if self.control.isdisjoint(ids := self._plain(text, False)):
+            return ids
+        middle = len(text) // 2
+        return self._spelled(text[:middle]) + self._spelled(text[middle:]) if middle else []
+
+    def _guard(self, text, spans):
+        """
+        A text that spells out a control token must not become one. What spells it is put aside into `spans` and leaves a
+        mark in private-use characters, which goes through the template and is tokenised apart. -> the text with marks
+        """
+        found, out, at = self.tokenizer.encode(text, add_special_tokens=False), "", 0
+        for a, b in sorted([span for i, span in zip(found.ids, found.offsets) if i in self.control]
+                           + [m.span() for m in MARK.finditer(text)]):
+            if at <= a < b:
+                out, at = f"{out}{text[at:a]}\ue000{len(spans)}\ue001", b
+                spans.append(text[a:b])
+        return out + text[at:]
+
+    def _guarded(self, messages):
+        """-> (messages with marks, spans)"""
+        spans = []
+        return [m | {"content": self._guard(m["content"], spans)} for m in messages], spans
+
+    def _ids(self, text, spans, first=True, bos=True):
+        """Ids of a rendering with marks, or of a piece of one that is not the first; with one BOS if it is."""
+        ids = []
+        for n, part in enumerate(MARK.split(text)):  # at odd n, the number of a span
+            ids += self._spelled(spans[int(part)]) if n % 2 else self._plain(part, first and not ids)
+        return [self.bos, *ids] if first and bos and self.adds_bos and ids[:1] != [self.bos] else ids
+
+    def _remember(self, key, make):
+        """make(), a list of ids, or what it was the last time."""
+        if key not in self._cache:
+            if self._cached > CACHED:
+                self._cache, self._cached = {}, 0
+            self._cache[key] = array("i", make())
+            self._cached += len(self._cache[key])
+        return self._cache[key].tolist()
 
     def messages(self, prompt):
         """A prompt is a string (one user turn) or a list of {"role", "content"} messages."""
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
-    def _cut(self, ids):
-        """Up to and with the first stop id: what a template writes behind it (a line break) is not the assistant's."""
-        return next((ids[:n + 1] for n, i in enumerate(ids) if i in self.stop_ids), ids)
+    def _answer(self, text, spans):
+        """
+        Ids of an answer and the token that ends it, of a rendering from where generation starts. It is tokenised apart from
+        its header, as it will be when it is generated: together, a line break at its start would join the header's.
+        What a template writes behind the end (a line break, the next turn) is not the assistant's. -> (ids, rest of ids)
+        """
+        ids = self._ids(text, spans, first=False)
+        end = next((n for n, i in enumerate(ids, 1) if i in self.stop_ids), None)
+        texts = [control for control, _ in groupby(ids[:end], key=self.control.__contains__)].count(False)
+        if end is None or texts > 1:  # a second text, framed by control tokens, is somebody else's
+            die(f"{self.where}: the chat template ends an answer with no token that ends a generation "
+                f"({self.tokenizer.decode(ids[:20], skip_special_tokens=False)!r}), so where it ends cannot be told")
+        return ids[:end], ids[end:]
 
-    def _tail(self, completion):
-        """
-        Ids of what the template writes from the answer on. It is looked up behind a prompt of one letter: what ends a
-        turn does not depend on the question, and so a completion is tokenised once for all uses.
-        """
-        user = [{"role": "user", "content": "a"}]
-        both = [*user, {"role": "assistant", "content": completion}]
-        head, whole = self.prompt_ids("a"), self._ids(both, False)
-        if whole[:len(head)] == head:
-            return whole[len(head):]
-        # the answer's first letters join the header's last ones into one token: take the text apart instead, since
-        # generation starts from the header alone
-        guarded, texts = self._guard(both)
-        a, b = self._render(user, True), self._render(guarded, False)
-        if not b.startswith(a):
-            die(f"{self.where}: the chat template writes other words before an answer than before a generation")
-        parts = MARK.split(b[len(a):]) if texts else [b[len(a):]]
-        return [i for n, part in enumerate(parts) for i in self._part_ids(n, part, texts)]
+    def _head(self, guarded, text, n):
+        """How much of a rendering is there when turn n is generated."""
+        head = self._render(guarded[:n], True)
+        if not text.startswith(head):
+            die(f"{self.where}: the chat template writes turn {n + 1} of a conversation differently once it has gone on, so "
+                "what was said cannot be told from what was asked; give rows with prompt and completion")
+        return len(head)
 
     # --- what the scripts use
 
     def encode(self, text):
         """Ids of plain text. Control tokens spelled out in the text stay text: users cannot forge a turn."""
-        key = "text", text
-        if key not in self._cache:
-            self._cache[key] = self._apart(text)
-        return list(self._cache[key])
+        def make():
+            spans = []
+            return self._ids(self._guard(text, spans), spans, bos=False)
+        return self._remember(("text", text), make)
 
     def prompt_ids(self, prompt):
         """One BOS, the turns so far, and the header of the assistant's turn: what generation starts from."""
-        key = ("prompt", prompt) if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True))
-        if key not in self._cache:
-            self._cache[key] = self._ids(self.messages(prompt), True)
-        return list(self._cache[key])
+        def make():
+            guarded, spans = self._guarded(self.messages(prompt))
+            return self._ids(self._render(guarded, True), spans)
+        return self._remember(("prompt", prompt) if isinstance(prompt, str) else
+                              ("messages", json.dumps(prompt, sort_keys=True)), make)
 
     def completion_ids(self, completion):
-        """The trained part: the text as the template writes it, and the token that ends the turn."""
-        key = "completion", completion
-        if key not in self._cache:
-            self._cache[key] = self._cut(self._tail(completion))
-        return list(self._cache[key])
+        """
+        The trained part: the text as the template writes it, and the token that ends the turn. It is looked up behind a
+        prompt of one letter: what ends a turn does not depend on the question, so it is tokenised once for all uses.
+        """
+        def make():
+            guarded, spans = self._guarded([*self.messages("a"), {"role": "assistant", "content": completion}])
+            text = self._render(guarded, False)
+            return self._answer(text[self._head(guarded, text, 1):], spans)[0]
+        return self._remember(("completion", completion), make)
 
     def conversation_ids(self, prompt, completion):
         """The whole conversation as the template writes it: what a reward model reads."""
-        return self._ids([*self.messages(prompt), {"role": "assistant", "content": completion}], False)
+        guarded, spans = self._guarded([*self.messages(prompt), {"role": "assistant", "content": completion}])
+        return self._ids(self._render(guarded, False), spans)
 
     def messages_ids(self, messages):
         """A conversation of several answers -> ids, and a mask that is True on each answer and its end of turn."""
-        guarded, texts = self._guard(messages)
-        text, ids, heads, cuts = self._render(guarded, False), self._ids(messages, False), [], [0]
-        for n, m in enumerate(messages):
-            if m["role"] == "assistant":
-                head = self._render(guarded[:n], True)
-                if not text.startswith(head):
-                    die(f"{self.where}: the chat template writes turn {n + 1} of a conversation differently once it "
-                        "has gone on, so what was said cannot be told from what was asked; give rows with prompt and "
-                        "completion")
-                heads.append(len(head))
-                begin = self._text_ids([head], texts)
-                if ids[:len(begin)] != begin:
-                    cuts.append(len(head))
-        # where an answer's first letters would join its header's last ones into one token, they are tokenised apart,
-        # since generation starts from the header alone
-        def cut(end):
-            return self._text_ids([text[a:min(b, end)] for a, b in zip(cuts, [*cuts[1:], end]) if a < end], texts)
-
-        ids = cut(len(text))
-        mask = [False] * len(ids)
-        for head in heads:
-            start = len(cut(head))
-            answer = self._cut(ids[start:])
-            mask[start:start + len(answer)] = [True] * len(answer)
-        last = max((i for i, trained in enumerate(mask) if trained), default=-1)
-        if messages[-1]["role"] == "assistant":
-            ids, mask = ids[:last + 1], mask[:last + 1]
-        return ids, mask
+        guarded, spans = self._guarded(messages)
+        text = self._render(guarded, False)
+        heads = [self._head(guarded, text, n) for n, m in enumerate(messages) if m["role"] == "assistant"]
+        ids, mask = self._ids(text[:heads[0]] if heads else text, spans), []
+        for head, end in zip(heads, [*heads[1:], len(text)]):
+            answer, rest = self._answer(text[head:end], spans)
+            mask += [False] * (len(ids) - len(mask)) + [True] * len(answer)
+            ids += answer + rest
+        if messages[-1]["role"] == "assistant":  # what follows its end is not needed
+            ids = ids[:len(mask)]
+        return ids, mask + [False] * (len(ids) - len(mask))
 
     def decode(self, ids):
         """Text of generated ids up to the end of the turn; role tokens never reach the reader."""

@@ -64,7 +64,7 @@ def read_json(path):
         die(f"{path} not found: a checkpoint is a folder with config.json and model.safetensors")
     except json.JSONDecodeError as e:
         die(f"{path}:{e.lineno} is not JSON: {e.msg}; copy it again")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         die(f"{path} cannot be read ({e}); copy it again")
     return value if isinstance(value, dict) else die(f"{path} holds no JSON object; copy it again")
 
@@ -85,14 +85,16 @@ class Checkpoint:
         if not self.folder.is_dir():
             die(f"checkpoint {folder} not found: give a local folder (`hf download NAME --local-dir DIR` fetches one)")
         self.config, index = read_json(self.folder / "config.json"), self.folder / INDEX
-        if index.exists():
+        if (self.folder / "model.safetensors").exists():
+            pass  # it goes before an index, in transformers too
+        elif index.exists():
             where = read_json(index).get("weight_map")
             if not where or not isinstance(where, dict):
                 die(f"{index} is damaged: it has no weight_map; copy it again")
             for name, file in where.items():
                 if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
                     die(f"{index}: tensor {name} lies in {file!r}, which is no safetensors file of this folder")
-        elif not (self.folder / "model.safetensors").exists():
+        else:
             others = sorted(p.name for suffix in ("bin", "pt", "pth", "gguf") for p in self.folder.glob(f"*.{suffix}"))
             die(f"{self.folder} holds no model.safetensors" + (f" but {others[0]}" if others else "") + ": weights are "
                 "read as safetensors only, nothing is unpickled; convert it, or fetch the safetensors version")
@@ -123,6 +125,13 @@ class Checkpoint:
         for entry in header.values():
             entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
         return header
+
+    def architectures(self):
+        """config.json's list of class names; often one, empty if it has none."""
+        names = self.config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            die(f"{self.folder / 'config.json'}: architectures {names!r} is no list of names")
+        return names
 
     def read_into(self, name, out, row=0):
         """

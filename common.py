@@ -41,7 +41,7 @@ from safetensors import SafetensorError
 
 def die(message):
     """One line that says what is wrong, in which file and line, and what to do; exit status 1."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + " ".join(message.splitlines()))  # names from files may hold line breaks
 
 
 def _help_texts(config_class):

@@ -10,6 +10,8 @@ Source: transformers 5.23's configuration classes, whose defaults these are for 
 
 import dataclasses
 import json
+import math
+import typing
 from dataclasses import dataclass, field
 
 from checkpoint import read_json
@@ -33,15 +35,17 @@ class Family:
 
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-QWEN = {"sliding_window": 4096, "layer_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+QWEN = {"sliding_window": 4096, "layer_norm_eps": 1e-6, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 FAMILIES = {
     "cohere": Family("Cohere", parallel=True, norm="layer", interleaved=True, qk_norm="head", defaults={
         "rope_theta": 500000.0, "logit_scale": 0.0625, "use_qk_norm": False, "tie_word_embeddings": True}),
     "cohere2": Family("Cohere2", parallel=True, norm="layer", interleaved=True, rope_in_full=False, full_every=4,
                       defaults={"logit_scale": 0.0625, "tie_word_embeddings": True, "sliding_window": 4096}),
-    "llama": Family("Llama", defaults={"layer_norm_eps": 1e-6, **IDS}),
+    "llama": Family("Llama", defaults={"layer_norm_eps": 1e-6, "max_position_embeddings": 2048, **IDS}),
     "mistral": Family("Mistral", defaults={
-        "layer_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096, **IDS}),
+        "layer_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072,
+        **IDS}),
     "qwen2": Family("Qwen2", qkv_bias=True, defaults=QWEN),
     "qwen3": Family("Qwen3", qk_norm="rms", defaults={**QWEN, "head_dim": 128}),
     "gemma2": Family("Gemma2", norm="rms+1", post_norms=True, full_every=2, gelu=True, embed_scale=True, defaults={
@@ -49,10 +53,11 @@ FAMILIES = {
         "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0, "bos_token_id": 2, "eos_token_id": 1})}
 
-# Keys that change the numbers, and the one value of theirs that is understood here.
-ONLY = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1, "rotary_pct": 1,
-        "use_parallel_block": True, "use_gated_activation": True, "position_embedding_type": "rope_gptj",
-        "use_bidirectional_attention": False}
+# Keys that change the numbers where their family has them, and the one value of theirs that is understood here.
+ONLY = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1, "use_bidirectional_attention": False,
+        "is_causal": True, "per_layer_config": {}}
+COHERE_ONLY = {"use_parallel_block": True, "use_gated_activation": True, "position_embedding_type": "rope_gptj",
+               "rotary_pct": 1}
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SOME = ("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
         "use_qk_norm")  # keys that mean something in some families only: those that have a default for them
@@ -91,11 +96,34 @@ class Config:
     raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim is None and type(self.hidden_size) is type(self.num_attention_heads) is int:  # else see check()
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
 
     @property
     def family(self):
         return FAMILIES[self.model_type]
+
+    def check(self, path):
+        """Every number of the right kind, and such that there is a model of it."""
+        for key, hint in typing.get_type_hints(Config).items():
+            value, kinds = getattr(self, key), typing.get_args(hint) or (hint,)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            whole = isinstance(value, int) and number
+            if key in ("raw", "rope_scaling", "layer_types", "model_type") or (value is None and type(None) in kinds):
+                continue
+            if not (isinstance(value, bool) if bool in kinds else number and value > 0 if float in kinds else
+                    whole if key.endswith("_id") and not isinstance(value, list) else
+                    isinstance(value, list) and all(type(x) is int for x in value) if key == "eos_token_id" else
+                    whole and value > 0):
+                die(f"{path}: {key} is {value!r}, which is no " + (
+                    "true or false" if bool in kinds else "token id" if key.endswith("_id") else
+                    "number above 0" if float in kinds else "whole number above 0"))
+        if self.num_attention_heads % self.num_key_value_heads:
+            die(f"{path}: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}")
+        if self.head_dim % 2:
+            die(f"{path}: head_dim {self.head_dim} is odd, and RoPE turns pairs")
+        return self
 
     def window(self, layer):
         """How many tokens this layer's queries see, or None: all."""
@@ -111,16 +139,19 @@ class Config:
 
     @staticmethod
     def from_dict(raw, path="config.json"):
-        family = FAMILIES.get(raw.get("model_type"))
+        family = FAMILIES.get(raw.get("model_type") if isinstance(raw.get("model_type"), str) else None)
         if family is None:
             die(f"{path}: model_type {raw.get('model_type')!r} is not supported; what is: {', '.join(FAMILIES)}")
         act, only = ("hidden_activation", "gelu_pytorch_tanh") if family.gelu else ("hidden_act", "silu")
-        for key, good in ({act: only} | ONLY).items():
-            if raw.get(key, good) not in (good, None):
+        for key, good in ({act: only} | ONLY | (COHERE_ONLY if family.parallel else {})).items():
+            ignored = key == "attention_bias" and family.name in ("Qwen2", "Mistral")  # transformers' code has no such key
+            if not ignored and raw.get(key, good) not in (good, None if key != "is_causal" else good):
                 die(f"{path}: {key} {raw[key]!r} would change the numbers and is not supported (only {good!r} is)")
-        if own_code := raw.get("auto_map") or raw.get("quantization_config"):
-            die(f"{path}: {'auto_map' if 'auto_map' in raw else 'quantization_config'} {own_code}: models with code of "
-                "their own, or with quantised weights, are not supported; give the plain bfloat16 version")
+        if raw.get("auto_map"):
+            die(f"{path}: auto_map {raw['auto_map']}: models with code of their own are not supported; if theirs is plainly "
+                f"{family.name}'s, remove the key")
+        if raw.get("quantization_config"):
+            die(f"{path}: quantization_config: quantised weights are not supported; give the plain bfloat16 version")
         if missing := [key for key in NEEDED if raw.get(key) is None]:
             die(f"{path} has no {missing[0]}")
 
@@ -135,6 +166,8 @@ class Config:
 
         # 2) RoPE, in either spelling
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            die(f"{path}: RoPE scaling {rope!r} is no object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or any(
                 isinstance(v, dict) for v in rope.values()):
@@ -143,24 +176,38 @@ class Config:
         if kind == "llama3":
             before = raw.get("max_position_embeddings")
             scaling = {"original_max_position_embeddings": before} | {k: rope.get(k, None) for k in LLAMA3 if k in rope}
-            if lost := [k for k in LLAMA3 if scaling.get(k) is None]:
-                die(f"{path}: llama3 RoPE scaling has no {lost[0]}")
+            if top := raw.get("original_max_position_embeddings"):
+                scaling["original_max_position_embeddings"] = top  # transformers takes the outer one
+            if bad := [k for k in LLAMA3 if type(scaling.get(k)) not in (int, float) or not 0 < scaling[k] < math.inf]:
+                die(f"{path}: llama3 RoPE scaling has {bad[0]} {scaling.get(bad[0])!r}, which is no number above 0")
+            if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
+                die(f"{path}: llama3 RoPE scaling has a high_freq_factor below its low_freq_factor")
             values["rope_scaling"] = scaling
 
         # 3) which layers see a window only
-        window, n, types = values.get("sliding_window"), raw["num_hidden_layers"], raw.get("layer_types")
-        if raw["model_type"].startswith("qwen") and not raw.get("use_sliding_window"):
-            window = values["sliding_window"] = None
-        if window is not None:
-            first = raw.get("max_window_layers", 28) if raw["model_type"].startswith("qwen") else 0
-            every = raw.get("sliding_window_pattern") or family.full_every
+        cfg = Config(raw=raw, **values | {"model_type": raw["model_type"]})
+        qwen, types = cfg.model_type.startswith("qwen"), raw.get("layer_types")
+        if qwen and not (raw.get("use_sliding_window") is True):
+            cfg.sliding_window = None
+        cfg.check(path)
+        own = ["full_attention"] * cfg.num_hidden_layers
+        if cfg.sliding_window is not None:
+            first = raw.get("max_window_layers", 28) if qwen else 0
+            every = (raw.get("sliding_window_pattern") if cfg.model_type == "cohere2" else None) or family.full_every
+            if type(first) is not int or type(every) is not int:
+                die(f"{path}: max_window_layers and sliding_window_pattern must be whole numbers")
             own = ["sliding_attention" if i >= first and not (every and (i + 1) % every == 0) else "full_attention"
-                   for i in range(n)]
-            if types and (len(types) != n or not {"sliding_attention", "full_attention"}.issuperset(types)
-                          or raw["model_type"] == "mistral" and types != own):
-                die(f"{path}: layer_types {types} is not supported for {n} layers of {raw['model_type']}")
-            values["layer_types"] = types or own
-        return Config(model_type=raw["model_type"], raw=raw, **{k: v for k, v in values.items() if k != "model_type"})
+                   for i in range(cfg.num_hidden_layers)]
+            cfg.layer_types = types or own
+        elif not family.rope_in_full:
+            die(f"{path}: sliding_window {raw.get('sliding_window')!r}: without a window this family has no positions")
+        given = types if isinstance(types, list) else [] if types is None else [types]
+        allowed = {*own} if cfg.sliding_window is None else {"sliding_attention", "full_attention"}
+        if given and (len(given) != len(own) or any(t not in tuple(allowed) for t in given)
+                      or cfg.model_type == "mistral" and given != own):
+            die(f"{path}: layer_types {types!r} is not supported for {len(own)} layers of {cfg.model_type} with "
+                f"sliding_window {cfg.sliding_window}")
+        return cfg
 
     def to_json(self, architecture=None, dtype=None, **extra):
         """
@@ -173,8 +220,10 @@ class Config:
             before = Config.from_dict(self.raw)
             own = {k: v for k, v in own.items() if v != getattr(before, k)}
         else:
-            own = {k: v for k, v in own.items() if (v is not None or k in family.defaults) and not (
+            own = {k: v for k, v in own.items() if (v is not None or k in family.defaults or k.endswith("_id")) and not (
                 k in SOME and k not in family.defaults or k == "layer_types" and self.model_type == "mistral")}
+            if "query_pre_attn_scalar" in own:
+                own["query_pre_attn_scalar"] = self.query_pre_attn_scalar or self.head_dim
             own |= {"architectures": [f"{family.name}ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
                     "use_cache": True}
             own |= {"hidden_activation": "gelu_pytorch_tanh"} if family.gelu else {"hidden_act": "silu"}

@@ -333,7 +333,7 @@ def load(path, dtype=None, device=None, wrap=None):
     is stored; wrap: see fill(). Raises SystemExit with one line if the folder is missing, damaged or not understood.
     """
     stored = Checkpoint(checkpoint.find(path))
-    for name in stored.config.get("architectures") or []:
+    for name in stored.architectures():
         if not name.endswith("ForCausalLM"):
             die(f"{stored.folder}: {name} is not a causal language model; reward models are read by reward.py")
     cfg = Config.from_dict(stored.config, stored.folder / "config.json")

@@ -116,13 +116,14 @@ def load_reward_model(path, dtype=None, device=None):
     label -> Classifier. Anything else is refused by the name of its architecture.
     """
     stored = Checkpoint(find(path))
-    where, architectures = stored.folder / "config.json", stored.config.get("architectures") or []
+    where, architectures = stored.folder / "config.json", stored.architectures()
     if ARCHITECTURE in architectures:
         if "response_token_id" not in stored.config:
             die(f"{where} has no response_token_id, so no completion can be told from its prompt")
         make = lambda cfg: RewardModel(cfg, stored.config["response_token_id"])
     elif architectures and architectures[0] in CLASSIFIERS:
-        labels = stored.config.get("num_labels") or len(stored.config.get("id2label") or [0])
+        labels = stored.config.get("id2label") or stored.config.get("num_labels") or 2  # transformers' order
+        labels = len(labels) if isinstance(labels, (dict, list)) else labels
         if labels != 1:
             die(f"{where}: the classifier has {labels} labels; a reward model has one")
         make = Classifier

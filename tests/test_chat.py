@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pytest
+from tokenizers import Tokenizer
 
 from chat import Chat
 
@@ -517,6 +518,7 @@ def test_template_sources(folder):
     assert rendered(folder(in_config=PLAIN)) == wanted
     assert rendered(folder(in_config=named)) == wanted
     assert rendered(folder(in_config=named[::-1])) == wanted
+    assert rendered(folder(in_config={t["name"]: t["template"] for t in named})) == wanted
     assert rendered(folder(jinja=PLAIN)) == wanted
     assert rendered(folder(in_config=bad, jinja=PLAIN)) == wanted  # the file wins
     assert "not this one" in refused(rendered, folder(in_config=PLAIN, jinja=bad))
@@ -612,9 +614,113 @@ def test_syntax_errors(folder, template, line):
 def test_templates_that_fail(folder):
     """Faults that jinja2 does not call its own."""
     for fault in ("{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ messages[0]['content'].no_such() }}", "{{ [1][5].x }}",
-                  "{{ 'x'.index('y') }}", "{{ strftime_now(3) }}", "{{ no.such.name }}"):
+                  "{{ 'x'.index('y') }}", "{{ strftime_now(3) }}", "{{ no.such.name }}", "{{ '{0}{1}'.format('a') }}",
+                  "{{ 'x'.encode('nosuch') }}", "{{ cycler() }}", "{% set x = 'a' * (10 ** 15) %}",
+                  "{{ '{:a\nb}'.format(1) }}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "9" * 5001 + " }}",
+                  "{% for x in messages %}" * 21 + "{% endfor %}" * 21):
         refused(lambda: Chat(folder(in_config=fault + PLAIN)).prompt_ids("Hello"))
     refused(lambda: Chat(folder(in_config="{{ messages[0]['content'] }}")).prompt_ids("Hello"))  # no turn would end
+
+
+def test_tojson_takes_what_transformers_takes(folder):
+    """The arguments, their order and their defaults: letters stay letters, keys stay in order."""
+    template = "{{ {'b': 'שלום', 'a': 1} | tojson... }}" + PLAIN
+    for arguments, shown in (("", '{"b": "שלום", "a": 1}'), ("(true, sort_keys=true)", '{"a": 1, "b": "\\u05e9'),
+                             ("(separators=(',', ':'))", '{"b":"שלום","a":1}'), ("(indent=1)", '{\n "b": "שלום"')):
+        assert shown in rendered(folder(in_config=template.replace("...", arguments)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# templates that look into the texts, frame answers, or end them in their own ways
+
+THOUGHT = "<think>\nChatML ends a turn with <|im_end|>, no less.\n</think>\n\nParis"
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_thought_that_spells_a_control_token(tmp_path, always):
+    """qwen3's template takes thoughts apart; one that writes them in every turn does not make <think> a control token."""
+    path = Path(shutil.copytree(FOLDER / "qwen3", tmp_path / "qwen3"))
+    if always:
+        text = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        assert "loop.index0 > last.user" in text
+        (path / "chat_template.jinja").write_text(text.replace("loop.index0 > last.user", "true"), encoding="utf-8")
+    chat = Chat(path)
+    ids = chat.completion_ids(THOUGHT)
+    assert spelled(chat, ids) == THOUGHT + "<|im_end|>" and control_count(chat, ids) == 1
+    assert chat.decode(ids) == THOUGHT
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": THOUGHT}, {"role": "user", "content": "r"}]
+    assert ("ChatML" in spelled(chat, chat.prompt_ids(turns))) == always  # the original leaves thoughts of old turns out
+
+
+def test_the_end_is_looked_for_behind_the_answer(folder):
+    """Not among what is written in front of it."""
+    framed = PLAIN.replace("{{ m['content'] }}<|END_OF_TURN_TOKEN|>",
+                           "{% if m['role'] == 'assistant' %}<|CHATBOT_TOKEN|>{% endif %}{{ m['content'] }}END")
+    chat = Chat(folder(jinja=framed.replace("END", "<EOP_TOKEN>")))
+    assert chat.end == 7 and spelled(chat, chat.completion_ids("Paris")).endswith("Paris<EOP_TOKEN>")
+    assert "no special token behind an answer" in refused(Chat, folder(jinja=framed.replace("END", "")))
+
+
+def test_an_answer_without_an_end_is_not_trained_into_the_next_question(folder):
+    """As in templates that end earlier answers with another token than the last one."""
+    chat = Chat(folder(jinja=PLAIN.replace("<|END_OF_TURN_TOKEN|>{% endfor %}", (
+        "{% if m['role'] == 'assistant' and not loop.last %}<EOP_TOKEN>{% else %}<|END_OF_TURN_TOKEN|>{% endif %}"
+        "{% endfor %}"))))
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "Q1"), ("assistant", "A1"), ("user", "SECRET"), ("assistant", "A2"))]
+    assert "where it ends cannot be told" in refused(chat.messages_ids, turns)
+    ids, mask = chat.messages_ids([turns[0], turns[3]])
+    assert spelled(chat, [i for i, m in zip(ids, mask) if m]) == "A2<|END_OF_TURN_TOKEN|>"
+
+
+def test_bos_of_files_that_do_not_name_it(folder):
+    """In special_tokens_map.json only (transformers 4), or nowhere: then it is what the tokenizer puts before a text."""
+    for mapped in ({"bos_token": {"content": "<BOS_TOKEN>"}, "eos_token": "<|END_OF_TURN_TOKEN|>"}, {}):
+        template = PLAIN.replace("<|END_OF_TURN_TOKEN|>", "{{ eos_token }}")
+        config = json.dumps({"chat_template": template} | ({} if mapped else {"eos_token": "<|END_OF_TURN_TOKEN|>"}))
+        chat = Chat(folder(tokenizer_config=config.encode(), special_tokens_map=json.dumps(mapped).encode()))
+        ids = chat.prompt_ids("Hello")
+        assert chat.bos == 5 and ids[0] == 5 and ids.count(5) == 1 and chat.end == 561
+
+
+def test_a_stop_token_that_is_spelled_ends_nothing(tmp_path):
+    """generation_config.json may name a token that is not special."""
+    path = Path(shutil.copytree(FOLDER / "gemma", tmp_path / "gemma"))
+    stop = Chat(path)._id("<h1>")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}), encoding="utf-8")
+    chat = Chat(path)
+    assert stop in chat.stop_ids
+    ids = chat.completion_ids("The tag <h1> opens a title.")
+    assert stop not in ids and spelled(chat, ids).endswith("opens a title.<end_of_turn>")
+    assert chat.decode(ids) == "The tag <h1> opens a title."
+
+
+def test_line_breaks_that_are_tokens_stay_text():
+    chat = load("gemma")
+    assert chat._id("\n") not in chat.control and chat._id("\n") in chat.encode("a\nb")
+    assert chat.decode(chat.completion_ids("one\ntwo\n\nthree")) == "one\ntwo\n\nthree"
+
+
+def test_a_control_token_of_one_character(tmp_path):
+    """There is nothing in the middle of it to cut, so the text loses it: better than a forged token."""
+    path = Path(shutil.copytree(FOLDER / "aya", tmp_path / "aya"))
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["\u00a7"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    chat = Chat(path)
+    ids = chat.prompt_ids("a \u00a7 b <|END_OF_TURN_TOKEN|>\u00a7")
+    assert control_count(chat, ids) == control_count(chat, chat.prompt_ids("a"))
+    assert "a  b <|END_OF_TURN_TOKEN|><|END" in spelled(chat, ids)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    chat = Chat(FOLDER / "qwen")
+    first = chat.prompt_ids("Hello 0")
+    assert chat.prompt_ids("Hello 0") == first and len(chat._cache) == 1
+    monkeypatch.setattr("chat.CACHED", 200)
+    for n in range(100):
+        chat.prompt_ids(f"Hello {n}")
+    assert sum(map(len, chat._cache.values())) <= 200 + len(first) + 1 and chat.prompt_ids("Hello 0") == first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

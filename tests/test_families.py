@@ -144,6 +144,57 @@ def test_old_spelling_of_cohere2(tmp_path):
     assert difference(load(tmp_path / "new"), recorded("cohere2")) < CLOSE[torch.float32]
 
 
+def changed(name, folder, **changes):
+    """A copy of a fixture with keys of config.json changed; `...` removes one."""
+    shutil.copytree(HERE / name, folder)
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}), encoding="utf-8")
+    return folder
+
+
+def test_a_pattern_of_windows_is_cohere2s_alone(tmp_path):
+    """Other families' configurations in transformers have no such key."""
+    folder = changed("gemma2", tmp_path / "pattern", sliding_window_pattern=3, layer_types=...)
+    assert difference(load(folder), recorded("gemma2")) < CLOSE[torch.float32]
+
+
+@pytest.mark.parametrize("key, before", [("rope_parameters", 48), ("original_max_position_embeddings", 32)])
+def test_the_outer_length_of_llama3_scaling_goes_first(tmp_path, key, before):
+    rope = json.loads((HERE / "llama" / "config.json").read_text(encoding="utf-8"))["rope_parameters"]
+    changes = {key: rope if key == "rope_parameters" else before}
+    cfg = load(changed("llama", tmp_path / "llama", **changes)).cfg
+    assert cfg.rope_scaling["original_max_position_embeddings"] == before
+
+
+@pytest.mark.parametrize("name, changes, words", [
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": "8", "low_freq_factor": 1,
+                                   "high_freq_factor": 4}}, "factor '8'"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 4,
+                                   "high_freq_factor": 1}}, "high_freq_factor below"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta is -1"),
+    ("cohere2", {"sliding_window": None}, "no positions"), ("cohere2", {"sliding_window": 0}, "sliding_window is 0"),
+    ("gemma2", {"sliding_window": None}, "layer_types"), ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+    ("qwen2_window", {"use_sliding_window": False}, "layer_types"), ("mistral", {"layer_types": ["chunked"] * 2}, "layer_types"),
+    ("llama_tied", {"layer_types": ["linear_attention"] * 2}, "layer_types"),
+    ("qwen2_window", {"max_window_layers": "1"}, "max_window_layers"), ("qwen3", {"attention_bias": True}, "attention_bias")])
+def test_what_would_change_the_numbers_is_refused(tmp_path, name, changes, words):
+    with pytest.raises(SystemExit) as e:
+        load(changed(name, tmp_path / name, **changes))
+    assert words in str(e.value) and "config.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_config_without_ids_is_written_without_ids(tmp_path):
+    for kind in ("cohere", "gemma2"):
+        cfg = Config(model_type=kind, vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+                     num_key_value_heads=1, intermediate_size=8, sliding_window=4 if kind == "gemma2" else None,
+                     layer_types=["sliding_attention", "full_attention"] if kind == "gemma2" else None,
+                     bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        save(Transformer(cfg).init_weights(), tmp_path / kind)
+        again = load(tmp_path / kind).cfg
+        assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (None, None, None)
+        assert (again.query_pre_attn_scalar or 8) == 8
+
+
 # --- reward models
 
 @pytest.mark.parametrize("name", REWARD)

@@ -281,6 +281,16 @@ def test_absent_key_value_heads_means_all_heads(copy):
     ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, ["auto_map", "code"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ({"vocab_size": None}, ["vocab_size"]),
+    ({"is_causal": False}, ["is_causal"]), ({"is_causal": 0}, ["is_causal"]), ({"per_layer_config": {"0": {}}}, ["per_layer"]),
+    ({"model_type": []}, ["model_type []"]), ({"rope_parameters": "x"}, ["RoPE", "'x'"]),
+    ({"hidden_size": "24"}, ["hidden_size is '24'", "whole number"]), ({"num_hidden_layers": 2.5}, ["num_hidden_layers"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads is 0"]), ({"vocab_size": True}, ["vocab_size is True"]),
+    ({"num_key_value_heads": 3}, ["num_attention_heads 4", "num_key_value_heads 3"]), ({"head_dim": 5}, ["head_dim 5"]),
+    ({"head_dim": 0}, ["head_dim is 0"]), ({"layer_norm_eps": "1e-5"}, ["layer_norm_eps is '1e-5'"]),
+    ({"logit_scale": -1}, ["logit_scale is -1", "above 0"]), ({"tie_word_embeddings": "false"}, ["tie_word_embeddings"]),
+    ({"eos_token_id": [1, "x"]}, ["eos_token_id"]), ({"bos_token_id": 1.5}, ["bos_token_id is 1.5", "token id"]),
+    ({"architectures": "CohereForCausalLM"}, ["architectures"]), ({"architectures": [1]}, ["architectures"]),
+    ({"layer_types": ["sliding_attention"] * 3}, ["layer_types"]), ({"layer_types": 1}, ["layer_types 1"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"])])
 def test_other_architectures_are_refused(copy, changes, words):
     folder = edit(copy(), **changes)
@@ -375,6 +385,19 @@ def test_index_may_not_point_outside(copy, shard):
     index.write_text(json.dumps(raw))
     shutil.copyfile(FIXTURES / "cohere_gqa" / "model.safetensors", folder.parent / "model.safetensors")  # it would load
     refusal(lambda: load(folder), index if shard != ".." else folder, shard)
+
+
+def test_one_file_goes_before_an_index(copy):
+    """As in transformers: an index that an older save left behind is not looked at."""
+    folder = copy()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model-9-of-9.safetensors"}}')
+    assert torch.equal(load(folder).model.norm.weight, load(FIXTURES / "cohere_gqa").model.norm.weight)
+
+
+def test_names_from_files_do_not_break_the_line(copy):
+    folder = copy()
+    change_tensors(folder, lambda t: t.update({"two\nlines": torch.ones(2)}))
+    refusal(lambda: load(folder), "two lines", "not part")
 
 
 class Bomb:
