@@ -10,7 +10,6 @@ Source: transformers 5.23's configuration classes, whose defaults these are for 
 
 import dataclasses
 import json
-import math
 import typing
 from dataclasses import dataclass, field
 
@@ -107,8 +106,8 @@ class Config:
         """Every number of the right kind, and such that there is a model of it."""
         for key, hint in typing.get_type_hints(Config).items():
             value, kinds = getattr(self, key), typing.get_args(hint) or (hint,)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            whole = isinstance(value, int) and number
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+            whole = isinstance(value, int) and number and value < (10_000 if key == "num_hidden_layers" else 2**31)
             if key in ("raw", "rope_scaling", "layer_types", "model_type") or (value is None and type(None) in kinds):
                 continue
             if not (isinstance(value, bool) if bool in kinds else number and value > 0 if float in kinds else
@@ -117,7 +116,7 @@ class Config:
                     whole and value > 0):
                 die(f"{path}: {key} is {value!r}, which is no " + (
                     "true or false" if bool in kinds else "token id" if key.endswith("_id") else
-                    "number above 0" if float in kinds else "whole number above 0"))
+                    "number above 0" if float in kinds else "whole number above 0 that a model could have"))
         if self.num_attention_heads % self.num_key_value_heads:
             die(f"{path}: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}")
@@ -164,6 +163,9 @@ class Config:
             if known and key in raw and (raw[key] is not None or key in NULL):
                 values[f.name] = raw[key]
 
+        if raw.get("num_key_value_heads", 0) is None:  # written as null: as many as heads; not written: the default
+            values["num_key_value_heads"] = raw["num_attention_heads"]
+
         # 2) RoPE, in either spelling
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
@@ -178,7 +180,7 @@ class Config:
             scaling = {"original_max_position_embeddings": before} | {k: rope.get(k, None) for k in LLAMA3 if k in rope}
             if top := raw.get("original_max_position_embeddings"):
                 scaling["original_max_position_embeddings"] = top  # transformers takes the outer one
-            if bad := [k for k in LLAMA3 if type(scaling.get(k)) not in (int, float) or not 0 < scaling[k] < math.inf]:
+            if bad := [k for k in LLAMA3 if type(scaling.get(k)) not in (int, float) or not 0 < scaling[k] < 2**63]:
                 die(f"{path}: llama3 RoPE scaling has {bad[0]} {scaling.get(bad[0])!r}, which is no number above 0")
             if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
                 die(f"{path}: llama3 RoPE scaling has a high_freq_factor below its low_freq_factor")

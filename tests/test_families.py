@@ -183,6 +183,12 @@ def test_what_would_change_the_numbers_is_refused(tmp_path, name, changes, words
     assert words in str(e.value) and "config.json" in str(e.value) and "\n" not in str(e.value)
 
 
+def test_key_value_heads_that_are_null_or_absent(tmp_path):
+    for value, heads in ((None, 4), (..., 32)):
+        raw = changed("qwen3", tmp_path / str(heads), num_key_value_heads=value, num_attention_heads=heads) / "config.json"
+        assert Config.from_json(raw).num_key_value_heads == heads
+
+
 def test_a_config_without_ids_is_written_without_ids(tmp_path):
     for kind in ("cohere", "gemma2"):
         cfg = Config(model_type=kind, vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
