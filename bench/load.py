@@ -29,7 +29,7 @@ from config import Config as ModelConfig  # noqa: E402
 from model import Transformer, load, save  # noqa: E402
 
 SHAPE = dict(model_type="cohere", vocab_size=64_000, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
-             num_key_value_heads=4, intermediate_size=7168, logit_scale=0.125)  # a quarter of the vocabulary, half of the width
+             num_key_value_heads=4, intermediate_size=7168, logit_scale=0.125, eos_token_id=2)  # a quarter of the vocabulary, half of the width
 SIDES = ("nanoaya", "transformers")
 SHOWN = {"load_s": "load, s", "load_resident_gb": "peak resident while loading, GB",
          "load_private_gb": "peak private while loading, GB", "forward_s": "forward, s",
@@ -40,7 +40,7 @@ SHOWN = {"load_s": "load, s", "load_resident_gb": "peak resident while loading, 
 class Config:
     model: str = ""  # checkpoint folder (default: a random one is written to `work`, and kept)
     work: str = "out/bench-load"  # where the random checkpoint goes
-    tokens: int = 512  # of the forward pass, one row
+    tokens: int = 128  # of the forward pass, one row
     repeats: int = 5  # of every measurement
     results: str = "bench/results/load"  # .json and .md are written
     side: str = ""  # internal: one measurement of this side, printed as JSON
