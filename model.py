@@ -281,14 +281,16 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def fill(model, stored, dtype=None, device=None, wrap=None):
+def fill(model, stored, dtype=None, device=None, wrap=None, fresh=None):
     """
     Gives a model built on the meta device its weights from a Checkpoint, one tensor at a time, straight into `dtype`
     (None: the one that is stored) on `device`: memory is the model's and one chunk. `wrap`: applied to the model while
-    it is still empty (common.wrap shards it); each rank then reads its own rows only. Any missing, surplus or misshapen
-    tensor ends the program by name.
+    it is still empty (common.wrap shards it); each rank then reads its own rows only. `fresh`: name -> number, of what
+    the checkpoint lacks and starts as that number everywhere. Any other missing, surplus or misshapen tensor ends the
+    program by name.
     """
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    fresh = fresh or {}
+    own = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in fresh}
     table = {name: entry for name, entry in stored.table.items() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in table and "lm_head.weight" not in own:  # some folders store a tied head a second time
         if model.has_head and "model.embed_tokens.weight" in table and not stored.same("lm_head.weight",
@@ -323,8 +325,20 @@ def fill(model, stored, dtype=None, device=None, wrap=None):
             row, p = -(-p.shape[0] // p.device_mesh.size()) * p.device_mesh.get_local_rank(), p.to_local()
         if p.numel():
             stored.read_into(name, p, row)
+    for name, number in fresh.items():
+        p = parameters[name].detach()
+        (p.to_local() if hasattr(p, "to_local") else p).fill_(number)
     model.source = stored.folder
     return model
+
+
+def causal(path):
+    """The Checkpoint of a causal language model: a folder or a hub name; other kinds of models are refused by name."""
+    stored = Checkpoint(checkpoint.find(path))
+    for name in stored.architectures():
+        if not name.endswith("ForCausalLM"):
+            die(f"{stored.folder}: {name} is not a causal language model; reward models are read by reward.py")
+    return stored
 
 
 def load(path, dtype=None, device=None, wrap=None):
@@ -332,10 +346,7 @@ def load(path, dtype=None, device=None, wrap=None):
     A Hugging Face checkpoint folder, or a hub name -> Transformer, ready to train or sample. dtype None: the one that
     is stored; wrap: see fill(). Raises SystemExit with one line if the folder is missing, damaged or not understood.
     """
-    stored = Checkpoint(checkpoint.find(path))
-    for name in stored.architectures():
-        if not name.endswith("ForCausalLM"):
-            die(f"{stored.folder}: {name} is not a causal language model; reward models are read by reward.py")
+    stored = causal(path)
     cfg = Config.from_dict(stored.config, stored.folder / "config.json")
     with torch.device("meta"):
         model = Transformer(cfg)

@@ -28,7 +28,7 @@ from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
 from data import Example, encode_row, pad_batch, read_rows, write_rows
-from model import Linear, Transformer, fill, load, write_checkpoint
+from model import Linear, Transformer, causal, fill, write_checkpoint
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
 CLASSIFIERS = [f"{name}ForSequenceClassification" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")]
@@ -50,7 +50,7 @@ class RewardModel(Transformer):
         super().__init__(cfg)
         self.response_token = response_token  # id of the assistant's role token: the completion follows its last one
         self.score = Linear(cfg.hidden_size, 1, bias=False)
-        self.logp_weight = nn.Parameter(torch.tensor([1.0, 1.0]))  # of the mean and of the smallest log-probability
+        self.logp_weight = nn.Parameter(torch.ones(2))  # of the mean and of the smallest log-probability
 
     def completion_mask(self, ids, lengths):
         """(B, T) bool: True on the tokens of the last assistant turn, its end of turn included."""
@@ -137,22 +137,17 @@ def load_reward_model(path, dtype=None, device=None):
     return fill(model, stored, dtype, device)
 
 
-def new_reward_model(path, device=None):
-    """A reward model that starts from a causal checkpoint: its weights, and a head of zeros."""
-    base, chat = load(path, device=device), Chat(path)
+def new_reward_model(path, device=None, wrap=None):
+    """A reward model that starts from a causal checkpoint: its weights, and a head of zeros. wrap: as in model.load."""
+    stored, chat = causal(path), Chat(path)
     header = chat.prompt_ids("a")[-1]
     if header not in chat.control:
         die(f"{path}: an answer must begin behind a role token of its own, as in Aya's template, to be told from its "
             f"prompt; here it begins behind {chat.tokenizer.id_to_token(header)!r}")
+    cfg = ModelConfig.from_dict(stored.config, stored.folder / "config.json")
     with torch.device("meta"):
-        model = RewardModel(base.cfg, header)
-    model.model, options = base.model, {"dtype": base.head.dtype, "device": base.head.device}
-    if not base.cfg.tie_word_embeddings:
-        model.lm_head = base.lm_head
-    model.score = Linear(base.cfg.hidden_size, 1, bias=False, **options)
-    nn.init.zeros_(model.score.weight)
-    model.logp_weight = nn.Parameter(torch.ones(2, **options))
-    return model
+        model = RewardModel(cfg, header)
+    return fill(model, stored, None, device, wrap, fresh={"score.weight": 0.0, "logp_weight": 1.0})
 
 
 def write_reward_model(folder, model, source):

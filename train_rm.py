@@ -54,7 +54,7 @@ def main(cfg):
     device = common.init_distributed()
     common.seed_everything(cfg.seed)
     chat = Chat(cfg.model)
-    model = common.wrap(new_reward_model(cfg.model, device))
+    model = new_reward_model(cfg.model, device, wrap=common.wrap)
 
     # 2) pairs
     rows = read_rows(cfg.pairs, "preferences")
