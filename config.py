@@ -65,6 +65,80 @@ NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+def fits(key, value, kinds):
+    """May this field of Config, of these types, hold this value?"""
+    if value is None or bool in kinds:
+        return type(value) in kinds
+    if key == "eos_token_id" and isinstance(value, list):
+        return all(type(i) is int for i in value)
+    if type(value) not in (int, float) or not abs(value) < 2**63:  # NaN neither
+        return False
+    if key.endswith("_token_id"):
+        return type(value) is int
+    most = 10_000 if key == "num_hidden_layers" else 2**31
+    return value > 0 and (float in kinds or type(value) is int and value < most)
+
+
+def refuse_what_is_not_here(raw, family, path):
+    """Ends with one line if a config.json asks for something that would change the numbers, or lacks a size."""
+    act, only = ("hidden_activation", "gelu_pytorch_tanh") if family.gelu else ("hidden_act", "silu")
+    for key, good in ({act: only} | ONLY | (COHERE_ONLY if family.parallel else {})).items():
+        ignored = key == "attention_bias" and family.name in ("Qwen2", "Mistral")  # transformers' code has no such key
+        if not ignored and raw.get(key, good) != good and (raw[key] is not None or key == "is_causal"):
+            die(f"{path}: {key} {raw[key]!r} would change the numbers and is not supported (only {good!r} is)")
+    if raw.get("auto_map"):
+        die(f"{path}: auto_map {raw['auto_map']}: models with code of their own are not supported; if theirs is plainly "
+            f"{family.name}'s, remove the key")
+    if raw.get("quantization_config"):
+        die(f"{path}: quantization_config: quantised weights are not supported; give the plain bfloat16 version")
+    if missing := [key for key in NEEDED if raw.get(key) is None]:
+        die(f"{path} has no {missing[0]}")
+
+
+def read_rope(raw, path):
+    """RoPE in either spelling -> (theta or None, Llama 3.1's scaling or None)."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        die(f"{path}: RoPE scaling {rope!r} is no object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or any(
+            isinstance(v, dict) for v in rope.values()):
+        die(f"{path}: RoPE scaling {rope} would change the numbers and is not supported (only Llama 3's is)")
+    if kind == "default":
+        return rope.get("rope_theta"), None
+    scaling = {key: rope.get(key) for key in LLAMA3}
+    length = "original_max_position_embeddings"  # transformers takes the outer one of two, or the length of today
+    scaling[length] = raw.get(length) or (scaling[length] if length in rope else raw.get("max_position_embeddings"))
+    if bad := [key for key in LLAMA3 if not fits(key, scaling[key], (float,))]:
+        die(f"{path}: llama3 RoPE scaling has {bad[0]} {scaling[bad[0]]!r}, which is no number above 0")
+    if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
+        die(f"{path}: llama3 RoPE scaling has a high_freq_factor below its low_freq_factor")
+    return rope.get("rope_theta"), scaling
+
+
+def read_layer_types(raw, cfg, path):
+    """Per layer "sliding_attention" or "full_attention", as the file says or its family has it; None without a window."""
+    family, n, types = cfg.family, cfg.num_hidden_layers, raw.get("layer_types")
+    if cfg.sliding_window is None:
+        if not family.rope_in_full:
+            die(f"{path}: sliding_window {raw.get('sliding_window')!r}: without a window this family has no positions")
+        own = ["full_attention"] * n
+    else:
+        first = raw.get("max_window_layers", 28) if cfg.model_type.startswith("qwen") else 0
+        every = (raw.get("sliding_window_pattern") if cfg.model_type == "cohere2" else None) or family.full_every
+        if type(first) is not int or type(every) is not int:
+            die(f"{path}: max_window_layers and sliding_window_pattern must be whole numbers")
+        own = ["sliding_attention" if i >= first and not (every and (i + 1) % every == 0) else "full_attention"
+               for i in range(n)]
+    types = types or own
+    known = ["full_attention"] + ["sliding_attention"] * (cfg.sliding_window is not None)
+    if not isinstance(types, list) or len(types) != n or any(t not in known for t in types) or (
+            cfg.model_type == "mistral" and types != own):
+        die(f"{path}: layer_types {types!r} is not supported for {n} layers of {cfg.model_type} with sliding_window "
+            f"{cfg.sliding_window}")
+    return types if cfg.sliding_window is not None else None
+
+
 @dataclass
 class Config:
     """config.json, in Hugging Face's words. Values of a model are read from its folder; these defaults are tiny."""
@@ -103,19 +177,12 @@ class Config:
         return FAMILIES[self.model_type]
 
     def check(self, path):
-        """Every number of the right kind, and such that there is a model of it."""
+        """Ends with one line unless every number is of the right kind and there is a model of them."""
         for key, hint in typing.get_type_hints(Config).items():
             value, kinds = getattr(self, key), typing.get_args(hint) or (hint,)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
-            whole = isinstance(value, int) and number and value < (10_000 if key == "num_hidden_layers" else 2**31)
-            if key in ("raw", "rope_scaling", "layer_types", "model_type") or (value is None and type(None) in kinds):
-                continue
-            if not (isinstance(value, bool) if bool in kinds else number and value > 0 if float in kinds else
-                    whole if key.endswith("_id") and not isinstance(value, list) else
-                    isinstance(value, list) and all(type(x) is int for x in value) if key == "eos_token_id" else
-                    whole and value > 0):
+            if key not in ("raw", "rope_scaling", "layer_types", "model_type") and not fits(key, value, kinds):
                 die(f"{path}: {key} is {value!r}, which is no " + (
-                    "true or false" if bool in kinds else "token id" if key.endswith("_id") else
+                    "true or false" if bool in kinds else "token id" if key.endswith("_token_id") else
                     "number above 0" if float in kinds else "whole number above 0 that a model could have"))
         if self.num_attention_heads % self.num_key_value_heads:
             die(f"{path}: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
@@ -141,18 +208,7 @@ class Config:
         family = FAMILIES.get(raw.get("model_type") if isinstance(raw.get("model_type"), str) else None)
         if family is None:
             die(f"{path}: model_type {raw.get('model_type')!r} is not supported; what is: {', '.join(FAMILIES)}")
-        act, only = ("hidden_activation", "gelu_pytorch_tanh") if family.gelu else ("hidden_act", "silu")
-        for key, good in ({act: only} | ONLY | (COHERE_ONLY if family.parallel else {})).items():
-            ignored = key == "attention_bias" and family.name in ("Qwen2", "Mistral")  # transformers' code has no such key
-            if not ignored and raw.get(key, good) not in (good, None if key != "is_causal" else good):
-                die(f"{path}: {key} {raw[key]!r} would change the numbers and is not supported (only {good!r} is)")
-        if raw.get("auto_map"):
-            die(f"{path}: auto_map {raw['auto_map']}: models with code of their own are not supported; if theirs is plainly "
-                f"{family.name}'s, remove the key")
-        if raw.get("quantization_config"):
-            die(f"{path}: quantization_config: quantised weights are not supported; give the plain bfloat16 version")
-        if missing := [key for key in NEEDED if raw.get(key) is None]:
-            die(f"{path} has no {missing[0]}")
+        refuse_what_is_not_here(raw, family, path)
 
         # 1) what the file says, else what transformers would take
         values = {"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": False} | family.defaults
@@ -162,53 +218,16 @@ class Config:
                 f.name in SOME and f.name not in family.defaults)
             if known and key in raw and (raw[key] is not None or key in NULL):
                 values[f.name] = raw[key]
-
         if raw.get("num_key_value_heads", 0) is None:  # written as null: as many as heads; not written: the default
             values["num_key_value_heads"] = raw["num_attention_heads"]
+        if raw["model_type"].startswith("qwen") and raw.get("use_sliding_window") is not True:
+            values["sliding_window"] = None
 
-        # 2) RoPE, in either spelling
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            die(f"{path}: RoPE scaling {rope!r} is no object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or any(
-                isinstance(v, dict) for v in rope.values()):
-            die(f"{path}: RoPE scaling {rope} would change the numbers and is not supported (only Llama 3's is)")
-        values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta", Config.rope_theta)
-        if kind == "llama3":
-            before = raw.get("max_position_embeddings")
-            scaling = {"original_max_position_embeddings": before} | {k: rope.get(k, None) for k in LLAMA3 if k in rope}
-            if top := raw.get("original_max_position_embeddings"):
-                scaling["original_max_position_embeddings"] = top  # transformers takes the outer one
-            if bad := [k for k in LLAMA3 if type(scaling.get(k)) not in (int, float) or not 0 < scaling[k] < 2**63]:
-                die(f"{path}: llama3 RoPE scaling has {bad[0]} {scaling.get(bad[0])!r}, which is no number above 0")
-            if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
-                die(f"{path}: llama3 RoPE scaling has a high_freq_factor below its low_freq_factor")
-            values["rope_scaling"] = scaling
-
-        # 3) which layers see a window only
-        cfg = Config(raw=raw, **values | {"model_type": raw["model_type"]})
-        qwen, types = cfg.model_type.startswith("qwen"), raw.get("layer_types")
-        if qwen and not (raw.get("use_sliding_window") is True):
-            cfg.sliding_window = None
-        cfg.check(path)
-        own = ["full_attention"] * cfg.num_hidden_layers
-        if cfg.sliding_window is not None:
-            first = raw.get("max_window_layers", 28) if qwen else 0
-            every = (raw.get("sliding_window_pattern") if cfg.model_type == "cohere2" else None) or family.full_every
-            if type(first) is not int or type(every) is not int:
-                die(f"{path}: max_window_layers and sliding_window_pattern must be whole numbers")
-            own = ["sliding_attention" if i >= first and not (every and (i + 1) % every == 0) else "full_attention"
-                   for i in range(cfg.num_hidden_layers)]
-            cfg.layer_types = types or own
-        elif not family.rope_in_full:
-            die(f"{path}: sliding_window {raw.get('sliding_window')!r}: without a window this family has no positions")
-        given = types if isinstance(types, list) else [] if types is None else [types]
-        allowed = {*own} if cfg.sliding_window is None else {"sliding_attention", "full_attention"}
-        if given and (len(given) != len(own) or any(t not in tuple(allowed) for t in given)
-                      or cfg.model_type == "mistral" and given != own):
-            die(f"{path}: layer_types {types!r} is not supported for {len(own)} layers of {cfg.model_type} with "
-                f"sliding_window {cfg.sliding_window}")
+        # 2) RoPE, 3) which layers see a window only
+        theta, values["rope_scaling"] = read_rope(raw, path)
+        values["rope_theta"] = theta or values.get("rope_theta", Config.rope_theta)
+        cfg = Config(raw=raw, **values | {"model_type": raw["model_type"]}).check(path)
+        cfg.layer_types = read_layer_types(raw, cfg, path)
         return cfg
 
     def to_json(self, architecture=None, dtype=None, **extra):
