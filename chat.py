@@ -146,8 +146,10 @@ class Chat:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.names, (text, self.where) = names, read_template(self.folder, config)
         self.template = compile_template(text, self.where) if text is not None else None
+        self.spelled = re.compile("")  # every text that may hold a control token: it finds all of them
         self._cache, self._cached = {}, 0  # prompts and completions repeat: K samples, several epochs, several scorers
         alone, behind = (self.tokenizer.encode(x, add_special_tokens=False).ids for x in ("a", "|a"))
+        self.asked, self.asked_head = self.messages("a"), None
         self.puts_space = behind[-len(alone):] != alone  # as SentencePiece does in front of a text
 
         # 1) one BOS: the one the template writes, or the one the tokenizer would put before a text
@@ -173,6 +175,9 @@ class Chat:
             self.stop_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)
                               and not isinstance(i, bool) and 0 <= i < self.vocab_size}
         self.control |= self.stop_ids & added.keys()
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        if all(i in tokens and not tokens[i].normalized for i in self.control):  # these are found by their letters alone
+            self.spelled = re.compile("|".join(re.escape(added[i]) for i in self.control) + f"|{MARK.pattern}")
         if self.template:
             whole = self._render([turn[0], {"role": "assistant", "content": "\ue0000\ue001"}], False)
             behind = [i for i in self._plain(MARK.split(whole)[-1], False) if i in self.control]
@@ -235,6 +240,8 @@ class Chat:
         A text that spells out a control token must not become one. What spells it is put aside into `spans` and leaves a
         mark in private-use characters, which goes through the template and is tokenised apart. -> the text with marks
         """
+        if not self.spelled.search(text):
+            return text
         found, out, at = self.tokenizer.encode(text, add_special_tokens=False), "", 0
         for a, b in sorted([span for i, span in zip(found.ids, found.offsets) if i in self.control]
                            + [m.span() for m in MARK.finditer(text)]):
@@ -251,7 +258,7 @@ class Chat:
     def _ids(self, text, spans, first=True, bos=True):
         """Ids of a rendering with marks, or of a piece of one that is not the first; with one BOS if it is."""
         ids = []
-        for n, part in enumerate(MARK.split(text)):  # at odd n, the number of a span
+        for n, part in enumerate(MARK.split(text) if spans else [text]):  # at odd n, the number of a span
             ids += self._spelled(spans[int(part)]) if n % 2 else self._plain(part, first and not ids)
         return [self.bos, *ids] if first and bos and self.adds_bos and ids[:1] != [self.bos] else ids
 
@@ -284,7 +291,10 @@ class Chat:
 
     def _head(self, guarded, text, n):
         """How much of a rendering is there when turn n is generated."""
-        head = self._render(guarded[:n], True)
+        if guarded[:n] != self.asked:
+            head = self._render(guarded[:n], True)
+        else:  # the same one in front of every completion
+            head = self.asked_head = self.asked_head or self._render(self.asked, True)
         if not text.startswith(head):
             die(f"{self.where}: the chat template writes turn {n + 1} of a conversation differently once it has gone on, so "
                 "what was said cannot be told from what was asked; give rows with prompt and completion")
@@ -313,7 +323,7 @@ class Chat:
         prompt of one letter: what ends a turn does not depend on the question, so it is tokenised once for all uses.
         """
         def make():
-            guarded, spans = self._guarded([*self.messages("a"), {"role": "assistant", "content": completion}])
+            guarded, spans = self._guarded([*self.asked, {"role": "assistant", "content": completion}])
             text = self._render(guarded, False)
             return self._answer(text[self._head(guarded, text, 1):], spans)[0]
         return self._remember(("completion", completion), make)
