@@ -67,11 +67,7 @@ class LayerNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(shape)), eps
 
     def forward(self, x):  # (..., C) or (..., H, D)
-        if self.weight.ndim == 1:
-            return layernorm(x, self.weight, self.eps)
-        acc = torch.promote_types(x.dtype, torch.float32)
-        x_hat = layernorm(x.to(acc), torch.ones_like(self.weight[0], dtype=acc), self.eps)
-        return (x_hat * self.weight.to(acc)).to(x.dtype)
+        return layernorm(x, self.weight, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +114,7 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.has_rope:
-            q, k = rope(q, k, cos, sin, self.interleaved)
+            q, k = rope(q, k, cos, sin, self.interleaved, in_place=True)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, all tokens so far, Hkv, D)
         out = attention(q, k, v, doc_start=doc_start, window=self.window, softcap=self.softcap, scale=self.scale)

@@ -1,5 +1,7 @@
 """Triton where it is installed; else a stand-in, so that the kernel files import and their CPU paths run."""
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -24,3 +26,20 @@ except ImportError:
 def use_triton(x):
     """Triton for CUDA tensors, the CPU path for everything else."""
     return x.is_cuda and HAS_TRITON
+
+
+def opaque(fake, writes=()):
+    """
+    Decorator: a function that launches kernels becomes an op of torch.library, "nanoaya::swiglu_forward" from _forward in
+    swiglu.py. torch.compile calls an op as it is, instead of tracing into a launch (it knows the outputs by `fake`, the
+    same function for tensors without data), so a compiled model has no graph break here. An op returns new tensors and
+    writes to no argument, but for those named in `writes`.
+    """
+
+    def wrap(launch):
+        name = f"nanoaya::{launch.__module__.rpartition('.')[2]}{launch.__name__}"
+        op = torch.library.custom_op(name, launch, mutates_args=writes)
+        op.register_fake(fake)
+        return op
+
+    return wrap

@@ -17,8 +17,9 @@ A key head's gradient sums over the G = H / Hkv query heads that share it: one p
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ._triton import TensorDescriptor, tl, triton, use_triton
+from ._triton import TensorDescriptor, opaque, tl, triton, use_triton
 
 # Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of one head's row: 256 is D = 128 in 16 bits.
 # Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
@@ -248,9 +249,10 @@ def _joined(x):
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def _boxes(rows, D, *tensors):
+def _boxes(rows, *tensors):
     """Descriptors that read and write `rows` rows of one head at a time: on Hopper the copy engine (TMA) does it."""
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, D]) for x in tensors]
+    D, joined = tensors[0].shape[3], [_joined(x) for x in tensors]
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, D]) for x in joined]
 
 
 def _first_key(doc_start, window, Tq, Tk, batch, device):
@@ -262,47 +264,62 @@ def _first_key(doc_start, window, Tq, Tk, batch, device):
     return None if first is None else first.to(torch.int32).contiguous()
 
 
+def _new(x):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@opaque(lambda q, *_: (_new(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)))
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    (B, Tq, H, D), (_, Tk, Hkv, _), out = q.shape, k.shape, _new(q)
+    lse = q.new_empty((B, H, Tq), dtype=torch.float32)
+    BM, BN, num_warps, num_stages = _tiles("forward", D, q.dtype)
+    _attention_forward[(B * H, triton.cdiv(Tq, BM))](
+        *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, out), lse, first, Tq, Tk, H, scale, G=H // Hkv, D=D,
+        HAS_FIRST=first is not None, SOFTCAP=softcap, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@opaque(lambda dout, q, k, v, *_: (_new(q), _new(k), _new(v)))
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor | None, scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, Tq, H, D), (_, Tk, Hkv, _), delta, end = q.shape, k.shape, torch.empty_like(lse), None
+    dq, dk, dv = _new(q), _new(k), _new(v)
+    if first is not None:  # queries are sorted by their first key, so those that see key j end at end[j]
+        keys = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, Tk).contiguous()
+        end = torch.searchsorted(first, keys, right=True, out_int32=True)
+    options = dict(G=H // Hkv, D=D, HAS_FIRST=first is not None, SOFTCAP=softcap)
+    BM, BN, num_warps, num_stages = _tiles("dq", D, q.dtype)
+    _attention_dq[(B * H, triton.cdiv(Tq, BM))](
+        *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, out, dout, dq), lse, delta, first, Tq, Tk, H, scale,
+        **options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    BM, BN, num_warps, num_stages = _tiles("dkdv", D, q.dtype)
+    _attention_dkdv[(B * Hkv, triton.cdiv(Tk, BN))](
+        *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, dout), *_boxes(BN, dk, dv), lse, delta, end, Tq, Tk,
+        H, scale, **options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 class _Attention(torch.autograd.Function):
     """Saves q, k, v, the output and one fp32 log-sum-exp a query and head."""
 
     @staticmethod
     def forward(ctx, q, k, v, doc_start, window, softcap, scale):
-        (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
-        ctx.shapes = B, Tq, Tk, H, Hkv, D
-        first = _first_key(doc_start, window, Tq, Tk, B, q.device)
-        ctx.scalars = Tq, Tk, H, scale
-        ctx.options = dict(G=H // Hkv, D=D, HAS_FIRST=first is not None, SOFTCAP=softcap or 0.0)
-        q, k, v = _joined(q), _joined(k), _joined(v)
-        out = torch.empty((B, Tq, H * D), dtype=q.dtype, device=q.device)
-        lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+        first = _first_key(doc_start, window, q.shape[1], k.shape[1], q.shape[0], q.device)
+        ctx.options = scale, softcap or 0.0
+        out, lse = _forward(q, k, v, first, *ctx.options)
         ctx.save_for_backward(q, k, v, out, lse, first)
-        BM, BN, num_warps, num_stages = _tiles("forward", D, q.dtype)
-        _attention_forward[(B * H, triton.cdiv(Tq, BM))](
-            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, out), lse, first, *ctx.scalars,
-            **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-        return out.view(B, Tq, H, D)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        (q, k, v, out, lse, first), (B, Tq, Tk, H, Hkv, D) = ctx.saved_tensors, ctx.shapes
-        dout, delta = _joined(dout), torch.empty_like(lse)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        end = None
-        if first is not None:  # queries are sorted by their first key, so those that see key j end at end[j]
-            keys = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, Tk).contiguous()
-            end = torch.searchsorted(first, keys, right=True, out_int32=True)
-        BM, BN, num_warps, num_stages = _tiles("dq", D, q.dtype)
-        _attention_dq[(B * H, triton.cdiv(Tq, BM))](
-            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, out, dout, dq), lse, delta, first, *ctx.scalars,
-            **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-        BM, BN, num_warps, num_stages = _tiles("dkdv", D, q.dtype)
-        _attention_dkdv[(B * Hkv, triton.cdiv(Tk, BN))](
-            *_boxes(BM, D, q), *_boxes(BN, D, k, v), *_boxes(BM, D, dout), *_boxes(BN, D, dk, dv), lse, delta, end,
-            *ctx.scalars, **ctx.options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-        return dq.view(B, Tq, H, D), dk.view(B, Tk, Hkv, D), dv.view(B, Tk, Hkv, D), None, None, None, None
+        return *_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 # --- the CPU path

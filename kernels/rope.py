@@ -14,8 +14,9 @@ table of cos and sin once a token. 3 FLOPs an element.
 """
 
 import torch
+from torch import Tensor
 
-from ._triton import tl, triton, use_triton
+from ._triton import opaque, tl, triton, use_triton
 
 NUM_WARPS = 4
 
@@ -76,16 +77,25 @@ def _rope_kernel(
     _rotate_heads(k_ptr + token * HKV * D, k_out_ptr + token * HKV * D, cos, sin, HKV, D, BLOCK_HKV, INTERLEAVED)
 
 
-def _launch(q, k, cos, sin, interleaved, inverse):
-    q, k = q.contiguous(), k.contiguous()
+def _launch(q, k, q_out, k_out, cos, sin, interleaved, inverse):
     (B, T, H, D), Hkv = q.shape, k.shape[2]
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     table_stride = 0 if cos.dim() == 2 else T * (D // 2)  # (T, D/2) serves every row of the batch
     _rope_kernel[(B * T,)](
         q, k, q_out, k_out, cos, sin, T, table_stride, H=H, HKV=Hkv, D=D, BLOCK_H=triton.next_power_of_2(H),
         BLOCK_HKV=triton.next_power_of_2(Hkv), INTERLEAVED=interleaved, INVERSE=inverse, num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+@opaque(lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)))
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    _launch(q, k, q_out, k_out, cos, sin, interleaved, inverse)
     return q_out, k_out
+
+
+@opaque(lambda *_: None, writes=("q", "k"))
+def _rotate_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    _launch(q, k, q, k, cos, sin, interleaved, False)  # a program has read all it needs before it writes
 
 
 class _Rope(torch.autograd.Function):
@@ -96,17 +106,19 @@ class _Rope(torch.autograd.Function):
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _launch(q, k, cos, sin, interleaved, inverse=False)
+        return _rotate(q.contiguous(), k.contiguous(), cos, sin, interleaved, False)
 
     @staticmethod
     def backward(ctx, dq, dk):
-        return *_launch(dq, dk, *ctx.saved_tensors, ctx.interleaved, inverse=True), None, None, None
+        dq, dk = _rotate(dq.contiguous(), dk.contiguous(), *ctx.saved_tensors, ctx.interleaved, True)
+        return dq, dk, None, None, None
 
 
-def rope(q, k, cos, sin, interleaved=True):
+def rope(q, k, cos, sin, interleaved=True, in_place=False):
     """Rotates q (B, T, H, D) and k (B, T, Hkv, D) by the angles whose fp32 cos and sin are (T, D/2) or (B, T, D/2).
 
     interleaved: pairs are (2i, 2i + 1), as in Cohere's models; else (i, i + D/2), as in Llama's and most others.
+    in_place: q and k are the caller's own and may be overwritten, which is done where no gradient is recorded.
 
     Returns the rotated q and k in their own dtypes; no gradient flows to cos and sin. Other D than powers of two take
     PyTorch's ops on CUDA too.
@@ -115,5 +127,9 @@ def rope(q, k, cos, sin, interleaved=True):
     if cos.shape != sin.shape or cos.shape[-2:] != (q.shape[1], D // 2) or k.shape[-1] != D or D % 2:
         raise ValueError(f"cos {tuple(cos.shape)} and sin must be (T, D/2) or (B, T, D/2) for q {tuple(q.shape)}")
     if use_triton(q) and D & (D - 1) == 0:
+        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if in_place and not recorded and q.is_contiguous() and k.is_contiguous():
+            _rotate_in_place(q, k, cos.float().contiguous(), sin.float().contiguous(), interleaved)
+            return q, k
         return _Rope.apply(q, k, cos, sin, interleaved)
     return _rope_cpu(q, cos, sin, interleaved), _rope_cpu(k, cos, sin, interleaved)

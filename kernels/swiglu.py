@@ -13,8 +13,9 @@ Eager also keeps silu(gate) for its backward; here only gate and up are kept and
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ._triton import tl, triton, use_triton
+from ._triton import opaque, tl, triton, use_triton
 
 BLOCK = 1024  # elements a program: two 128-bit loads of 16-bit elements a thread from each input
 NUM_WARPS = 4
@@ -49,6 +50,21 @@ def _swiglu_backward(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: t
     tl.store(dup_ptr + offset, d * g * s, mask=mask)
 
 
+@opaque(lambda gate, up: torch.empty_like(gate))
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    out, n = torch.empty_like(gate), gate.numel()
+    _swiglu_forward[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return out
+
+
+@opaque(lambda dout, gate, up: (torch.empty_like(gate), torch.empty_like(up)))
+def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    grid = (triton.cdiv(n, BLOCK),)
+    _swiglu_backward[grid](dout, gate, up, dgate, dup, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return dgate, dup
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves the two inputs, nothing else, and never writes into them."""
 
@@ -56,17 +72,11 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        out, n = torch.empty_like(gate), gate.numel()
-        _swiglu_forward[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
-        return out
+        return _forward(gate, up)
 
     @staticmethod
     def backward(ctx, dout):
-        gate, up = ctx.saved_tensors
-        dout, dgate, dup, n = dout.contiguous(), torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        grid = (triton.cdiv(n, BLOCK),)
-        _swiglu_backward[grid](dout, gate, up, dgate, dup, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
-        return dgate, dup
+        return _backward(dout.contiguous(), *ctx.saved_tensors)
 
 
 def swiglu(gate, up):

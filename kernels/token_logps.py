@@ -21,9 +21,10 @@ A soft cap c (Gemma 2, https://arxiv.org/abs/2408.00118) makes a logit z c tanh(
 """
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._triton import tl, triton, use_triton
+from ._triton import opaque, tl, triton, use_triton
 
 SLICE = 2**27  # logits held at once: 0.5 GB in fp32. 8,192 rows see 16,384 words at a time
 BLOCK = 4096  # words a program handles in one go
@@ -92,45 +93,68 @@ def _matmul_fp32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def _of_rows(hidden):
+    """(N,) fp32."""
+    return torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+
+
+@opaque(lambda hidden, *_: (_of_rows(hidden), _of_rows(hidden)))
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    N, V = len(hidden), len(weight)
+    lse, picked = _of_rows(hidden).fill_(-torch.inf), _of_rows(hidden)
+    for start, words in _slices(N, V):
+        logits = _matmul_fp32(hidden, weight[start : start + words].T)
+        _fold_slice[(N,)](
+            logits, targets, lse, picked, start, words, logit_scale, SOFTCAP=softcap, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+        del logits  # before the next slice is made, or two are held
+    return picked - lse, lse
+
+
+@opaque(lambda dlogps, hidden, weight, *rest: (
+    torch.empty_like(hidden), torch.empty_like(weight) if rest[-1] else weight.new_empty(0)))  # fmt: skip
+def _backward(
+    dlogps: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, logit_scale: float, softcap: float,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    N, V = len(hidden), len(weight)
+    dhidden = torch.zeros_like(hidden, dtype=torch.float32)
+    dweight = torch.empty_like(weight) if weight_too else weight.new_empty(0)  # an op must return a tensor
+    for start, words in _slices(N, V):
+        weight_slice = weight[start : start + words]
+        logits = _matmul_fp32(hidden, weight_slice.T)
+        dlogits = torch.empty_like(logits, dtype=hidden.dtype)
+        _slice_gradient[(N,)](
+            logits, targets, lse, dlogps, dlogits, start, words, logit_scale, SOFTCAP=softcap, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+        del logits
+        dhidden += _matmul_fp32(dlogits, weight_slice)
+        if weight_too:
+            torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
+        del dlogits
+    return dhidden.to(hidden.dtype), dweight
+
+
 class _TokenLogps(torch.autograd.Function):
     """Saves hidden, weight, targets and one log-sum-exp a row; the backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, logit_scale, softcap):
-        hidden, targets, (N, V) = hidden.contiguous(), targets.contiguous(), (len(hidden), len(weight))
-        lse = torch.full((N,), -torch.inf, dtype=torch.float32, device=hidden.device)
-        picked = torch.empty_like(lse)
-        for start, words in _slices(N, V):
-            logits = _matmul_fp32(hidden, weight[start : start + words].T)
-            _fold_slice[(N,)](
-                logits, targets, lse, picked, start, words, logit_scale, SOFTCAP=softcap or 0.0, BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
-            del logits  # before the next slice is made, or two are held
+        hidden, targets = hidden.contiguous(), targets.contiguous()
+        logps, lse = _forward(hidden, weight, targets, logit_scale, softcap or 0.0)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.logit_scale, ctx.softcap = logit_scale, softcap or 0.0
-        return picked - lse
+        return logps
 
     @staticmethod
     def backward(ctx, dlogps):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        dlogps, (N, V) = dlogps.contiguous(), (len(hidden), len(weight))
-        dhidden = torch.zeros_like(hidden, dtype=torch.float32)
-        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, words in _slices(N, V):
-            weight_slice = weight[start : start + words]
-            logits = _matmul_fp32(hidden, weight_slice.T)
-            dlogits = torch.empty_like(logits, dtype=hidden.dtype)
-            _slice_gradient[(N,)](
-                logits, targets, lse, dlogps, dlogits, start, words, ctx.logit_scale, SOFTCAP=ctx.softcap, BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
-            del logits
-            dhidden += _matmul_fp32(dlogits, weight_slice)
-            if dweight is not None:
-                torch.mm(dlogits.T, hidden, out=dweight[start : start + words])
-            del dlogits
-        return dhidden.to(hidden.dtype), dweight, None, None, None
+        dhidden, dweight = _backward(
+            dlogps.contiguous(), *ctx.saved_tensors, ctx.logit_scale, ctx.softcap, ctx.needs_input_grad[1]
+        )
+        return dhidden, dweight if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _slices(N, V):

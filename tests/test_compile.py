@@ -63,6 +63,12 @@ def compile_all():
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
+    for op in FUNCTIONS:  # ops of torch.library launch nothing for meta tensors: their functions do
+        file = importlib.import_module(f"kernels.{op}")
+        for key, value in list(vars(file).items()):
+            if hasattr(value, "_init_fn"):
+                setattr(file, key, value._init_fn)
+
     def both_ways(op, *args):
         out = getattr(importlib.import_module(f"kernels.{op}"), FUNCTIONS[op]).apply(*args)
         out = out if isinstance(out, tuple) else (out,)
@@ -72,11 +78,17 @@ def compile_all():
     q, k, v, angles = meta(1, N, H, D), meta(1, N, Hkv, D), meta(1, N, Hkv, D), meta(N, D // 2, dtype=torch.float32)
     both_ways("swiglu", meta(N, ffn), meta(N, ffn))
     both_ways("rope", q, k, angles.detach(), angles.detach(), True)
-    both_ways("layernorm", meta(N, C), meta(C), 1e-5)
+    both_ways("layernorm", meta(N, C), meta(C), 1e-5, "layer")
     importlib.import_module("kernels.token_logps").SLICE = N * 16_384
     both_ways("token_logps", meta(N, C), meta(16_384, C), meta(N, dtype=torch.int64), 0.0625, None)
     for name, doc_start in [("one document", None), ("packed", meta(1, N, dtype=torch.int32))]:
         both_ways("attention", q, k, v, doc_start, None, None, D**-0.5)
+    name = "rms"
+    both_ways("layernorm", meta(N, C), meta(C), 1e-5, "rms")
+    name = "rms+1"
+    both_ways("layernorm", meta(N, C), meta(C), 1e-5, "rms+1")
+    name = "heads"
+    both_ways("layernorm", meta(N, H, D), meta(H, D), 1e-5, "layer")
     name = "halves"
     both_ways("rope", q, k, angles.detach(), angles.detach(), False)
     name = "soft cap"
@@ -85,7 +97,7 @@ def compile_all():
     both_ways("swiglu", meta(1003), meta(1003))
 
 
-FUNCTIONS = {"swiglu": "_SwiGLU", "rope": "_Rope", "layernorm": "_LayerNorm", "token_logps": "_TokenLogps",
+FUNCTIONS = {"swiglu": "_SwiGLU", "rope": "_Rope", "layernorm": "_Norm", "token_logps": "_TokenLogps",
              "attention": "_Attention"}  # fmt: skip
 
 
@@ -125,7 +137,7 @@ def test_matmuls_run_on_hopper_tensor_cores(compiled):
 def test_elementwise_kernels_move_128_bits_at_a_time(compiled):
     # (loads, stores) that may be narrower: a row's mean and rstd; its lse, target, picked logit or upstream gradient
     # and in the layout of halves k's two: 8 heads of 64 elements are 4 for each of 128 threads
-    narrow = {"_layernorm_forward": (0, 2), "_layernorm_backward": (2, 0), "_fold_slice": (3, 2),
+    narrow = {"_norm_forward": (0, 2), "_norm_backward": (2, 0), "_fold_slice": (3, 2),
               "_slice_gradient": (3, 0), ("_rope_kernel", "halves"): (2, 2)}  # fmt: skip
     for (kernel, case), row in compiled.items():
         if case != "odd" and not kernel.startswith("_attention"):

@@ -88,14 +88,22 @@ def rope_case(file, path, B=2, T=5, H=3, Hkv=1, D=32, per_row=True, interleaved=
     return lambda q, k: rope(q, k, *table(q), interleaved), both(module("rope").rope_reference), both(plain), inputs
 
 
-def layernorm_case(file, path, rows=13, C=129):
-    function = file._LayerNorm.apply if path == "triton" else kernels.layernorm
-    return (
-        lambda x, w: function(x, w, 1e-5),
-        lambda x, w: module("layernorm").layernorm_reference(x, w, 1e-5),
-        lambda x, w: F.layer_norm(x, (C,), w, None, 1e-5),
-        [2 * randn(rows, C) + 1, randn(C, seed=1)],
-    )
+def layernorm_case(file, path, rows=13, C=129, heads=(), kind="layer"):
+    ours = module("layernorm")
+    plus_one = kind == "rms+1"
+    calls = {
+        "triton": lambda x, w: file._Norm.apply(x, w, 1e-5, kind),
+        "cpu": lambda x, w: kernels.layernorm(x, w, 1e-5) if kind == "layer" else kernels.rmsnorm(x, w, 1e-5, plus_one),
+    }
+
+    def definition(x, w):
+        return ours.layernorm_reference(x, w, 1e-5) if kind == "layer" else ours.rmsnorm_reference(x, w, 1e-5, plus_one)
+
+    def plain(x, w):
+        h = F.layer_norm(x, (C,), None, None, 1e-5) if kind == "layer" else F.rms_norm(x, (C,), None, 1e-5)
+        return h * (w + plus_one)
+
+    return calls[path], definition, plain, [2 * randn(rows, *heads, C) + 1, randn(*heads, C, seed=1)]
 
 
 def starts(T, *lengths):
@@ -153,7 +161,8 @@ def small_tiles(monkeypatch):
             tiles = {"forward": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1)}
             monkeypatch.setattr(file, "TILES", {name: dict.fromkeys((128, 256), t) for name, t in tiles.items()})
         if op == "layernorm":
-            monkeypatch.setattr(file, "PROGRAMS", 4)
+            monkeypatch.setattr(file, "PROGRAMS", 2)
+            monkeypatch.setattr(file, "ELEMENTS", 512)
         if op == "token_logps":
             monkeypatch.setattr(file, "SLICE", 7 * 128)
             monkeypatch.setattr(file, "BLOCK", 64)
@@ -199,30 +208,26 @@ def test_rope(triton_device, path, dtype, sizes, per_row, interleaved):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, C", [(1, 127), (13, 129), (3, 1024)])
-def test_layernorm(triton_device, small_tiles, path, dtype, rows, C):
-    case = layernorm_case(small_tiles("layernorm", module("layernorm")), path, rows, C)
+@pytest.mark.parametrize("rows, C, heads", [(1, 127, ()), (13, 129, ()), (3, 1024, ()), (3, 2048, ()), (7, 64, (6,))])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms+1"])
+def test_norms(triton_device, small_tiles, path, dtype, kind, rows, C, heads):
+    case = layernorm_case(small_tiles("layernorm", module("layernorm")), path, rows, C, heads, kind)
     check(*case, dtype, triton_device if path == "triton" else "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plus_one", [False, True])
-def test_rmsnorm(dtype, plus_one):
-    def definition(x, w):
-        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (w + plus_one)
-
-    ours = lambda x, w: kernels.rmsnorm(x, w, 1e-5, plus_one)  # noqa: E731
-    check(ours, definition, definition, [2 * randn(13, 129) + 1, randn(129, seed=1)], dtype, "cpu")
-
-
-def test_rmsnorm_rounds_where_each_family_does():
+@pytest.mark.parametrize("path", PATHS)
+def test_rmsnorm_rounds_where_each_family_does(triton_device, path):
     """Llama: to 16 bits, then the product; Gemma: the product, then to 16 bits. Each by hand at one element."""
+    norm = module("layernorm")._Norm.apply if path == "triton" else lambda x, w, eps, kind: kernels.rmsnorm(
+        x, w, eps, kind == "rms+1")  # fmt: skip
+    device = triton_device if path == "triton" else "cpu"
     x, w = torch.tensor([3.0, 1.0, 1.0]).bfloat16(), torch.tensor([1.0078125, 1.0, 1.0]).bfloat16()  # 1 + one bf16 step
     x_hat = 3 / (11 / 3) ** 0.5  # 1.5667
     once, twice = torch.tensor(x_hat * 1.0078125), torch.tensor(x_hat).bfloat16().float() * 1.0078125
     assert once.bfloat16() != twice.bfloat16()
-    assert kernels.rmsnorm(x, w, 0.0)[0] == twice.bfloat16()
-    assert kernels.rmsnorm(x, w - 1, 0.0, plus_one=True)[0] == once.bfloat16()
+    x, w = x.to(device), w.to(device)
+    assert norm(x, w, 0.0, "rms")[0].cpu() == twice.bfloat16()
+    assert norm(x, w - 1, 0.0, "rms+1")[0].cpu() == once.bfloat16()
 
 
 ATTENTION = {
@@ -410,15 +415,20 @@ MUTANTS = [
     ("rope", "interleaved pairs instead of halves", "    if INTERLEAVED:", "    if True:", dict(interleaved=False)),
     ("rope", "sign in the halves layout", "at, a * cos - b * sin", "at, a * cos + b * sin", dict(interleaved=False)),
     ("rope", "halves of half the width", "at + D // 2, mask", "at + D // 4, mask", dict(interleaved=False)),
-    ("rope", "backward rotates forward", "INVERSE=inverse", "INVERSE=False", {}),
+    ("rope", "backward rotates forward", "ctx.interleaved, True)", "ctx.interleaved, False)", {}),
     ("rope", "one table for all rows", "0 if cos.dim() == 2 else T * (D // 2)", "0", {}),
     ("rope", "position off by one", "(token % T)", "((token + 1) % T)", {}),
-    ("layernorm", "no mean: RMSNorm", "x - mean, 0.0", "x, 0.0", {}),
-    ("layernorm", "variance over C - 1", "axis=0) / C + eps", "axis=0) / (C - 1) + eps", {}),
+    ("layernorm", "mean not subtracted", "tl.where(inside, x - mean, 0.0)", "x", {}),
+    ("layernorm", "variance over C - 1", "keep_dims=True) / C + eps", "keep_dims=True) / (C - 1) + eps", {}),
     ("layernorm", "padding counted in the variance", "tl.where(inside, x - mean, 0.0)", "x - mean", {}),
-    ("layernorm", "dx without mean(d h)", " - h * (tl.sum(d * h, axis=0) / C)", "", {}),
-    ("layernorm", "dx without mean(d)", "d - tl.sum(d, axis=0) / C", "d", {}),
+    ("layernorm", "dx without mean(d h)", " - h * (tl.sum(d * h, axis=1, keep_dims=True) / C)", "", {}),
+    ("layernorm", "dx without mean(d)", "dx -= tl.sum(d, axis=1, keep_dims=True) / C", "pass", {}),
     ("layernorm", "dweight of the last row only", "dw += dy * h", "dw = dy * h", {}),
+    ("layernorm", "RMSNorm with mean(d)", "        if MEAN:\n            dx -=", "        if True:\n            dx -=",
+     dict(kind="rms")),
+    ("layernorm", "weight taken for weight - 1", 'float(kind == "rms+1")', "0.0", dict(kind="rms+1")),
+    ("layernorm", "one head's weight for all", "(row % HEADS) * C", "0 * row", dict(C=64, heads=(6,))),
+    ("layernorm", "dx of one head for all", "(first % HEADS) * C", "0 * first", dict(C=64, heads=(6,))),
     ("attention", "the diagonal is masked", "sees = j[None, :] <= m", "sees = j[None, :] < m", {}),
     ("attention", "queries taken for the first ones", "m[:, None] + (Tk - Tq)", "m[:, None]", dict(Tq=37)),
     ("attention", "documents see each other", "sees &= j[None, :] >= first[:, None]", "pass", dict(docs=((20, 40),))),
