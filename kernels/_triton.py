@@ -28,6 +28,11 @@ def use_triton(x):
     return x.is_cuda and HAS_TRITON
 
 
+def recorded(*tensors):
+    """Will autograd ask for a gradient of what is made of these?"""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def opaque(fake, writes=()):
     """
     Decorator: a function that launches kernels becomes an op of torch.library, "nanoaya::swiglu_forward" from _forward in

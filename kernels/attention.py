@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import TensorDescriptor, opaque, tl, triton, use_triton
+from ._triton import TensorDescriptor, opaque, recorded, tl, triton, use_triton
+from .decode import decode
 
 # Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of one head's row: 256 is D = 128 in 16 bits.
 # Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
@@ -264,15 +265,11 @@ def _first_key(doc_start, window, Tq, Tk, batch, device):
     return None if first is None else first.to(torch.int32).contiguous()
 
 
-def _new(x):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@opaque(lambda q, *_: (_new(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)))
+@opaque(lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)))
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    (B, Tq, H, D), (_, Tk, Hkv, _), out = q.shape, k.shape, _new(q)
+    (B, Tq, H, D), (_, Tk, Hkv, _), out = q.shape, k.shape, q.new_empty(q.shape)
     lse = q.new_empty((B, H, Tq), dtype=torch.float32)
     BM, BN, num_warps, num_stages = _tiles("forward", D, q.dtype)
     _attention_forward[(B * H, triton.cdiv(Tq, BM))](
@@ -282,13 +279,13 @@ def _forward(
     return out, lse
 
 
-@opaque(lambda dout, q, k, v, *_: (_new(q), _new(k), _new(v)))
+@opaque(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor | None, scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (B, Tq, H, D), (_, Tk, Hkv, _), delta, end = q.shape, k.shape, torch.empty_like(lse), None
-    dq, dk, dv = _new(q), _new(k), _new(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if first is not None:  # queries are sorted by their first key, so those that see key j end at end[j]
         keys = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, Tk).contiguous()
         end = torch.searchsorted(first, keys, right=True, out_int32=True)
@@ -395,4 +392,6 @@ def attention(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
         return _attention_cpu(q, k, v, doc_start, window, softcap, scale)
     if D not in (16, 32, 64, 128, 256):
         raise ValueError(f"the attention kernel needs D in 16, 32, 64, 128, 256, not {D}")
+    if Tq == 1 and not recorded(q, k, v):
+        return decode(q, k, v, _first_key(doc_start, window, 1, Tk, B, q.device), softcap, scale)
     return _Attention.apply(q, k, v, doc_start, window, softcap, scale)

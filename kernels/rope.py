@@ -16,7 +16,7 @@ table of cos and sin once a token. 3 FLOPs an element.
 import torch
 from torch import Tensor
 
-from ._triton import opaque, tl, triton, use_triton
+from ._triton import opaque, recorded, tl, triton, use_triton
 
 NUM_WARPS = 4
 
@@ -127,8 +127,7 @@ def rope(q, k, cos, sin, interleaved=True, in_place=False):
     if cos.shape != sin.shape or cos.shape[-2:] != (q.shape[1], D // 2) or k.shape[-1] != D or D % 2:
         raise ValueError(f"cos {tuple(cos.shape)} and sin must be (T, D/2) or (B, T, D/2) for q {tuple(q.shape)}")
     if use_triton(q) and D & (D - 1) == 0:
-        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        if in_place and not recorded and q.is_contiguous() and k.is_contiguous():
+        if in_place and not recorded(q, k) and q.is_contiguous() and k.is_contiguous():
             _rotate_in_place(q, k, cos.float().contiguous(), sin.float().contiguous(), interleaved)
             return q, k
         return _Rope.apply(q, k, cos, sin, interleaved)

@@ -160,6 +160,9 @@ def small_tiles(monkeypatch):
         if op == "attention":
             tiles = {"forward": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1)}
             monkeypatch.setattr(file, "TILES", {name: dict.fromkeys((128, 256), t) for name, t in tiles.items()})
+        if op == "decode":
+            monkeypatch.setattr(file, "BLOCK_BYTES", 16)  # tiles of 16 keys
+            monkeypatch.setattr(file, "PROGRAMS", 3)  # two or three tiles a run
         if op == "layernorm":
             monkeypatch.setattr(file, "PROGRAMS", 2)
             monkeypatch.setattr(file, "ELEMENTS", 512)
@@ -265,6 +268,73 @@ def test_attention_with_its_real_tiles(triton_device):
 
 def test_attention_of_long_rows_on_cpu():
     check(*attention_case(module("attention"), "cpu", Tq=257, Tk=257), torch.float32, "cpu")  # PyTorch's own SDPA
+
+
+DECODE = {
+    "one key": dict(Tk=1, H=1),
+    "a short run": dict(B=2, Tk=17, H=2, Hkv=2),
+    "groups of three": dict(Tk=70, H=6, Hkv=2, D=32),
+    "padded left": dict(B=2, Tk=65, docs=((65,), (65,)), pad=40),
+    "document, window": dict(B=2, Tk=60, docs=((50, 10), (3, 57)), window=33, softcap=2.0, scale=0.4),
+}
+
+
+def decode_case(file, path, **sizes):
+    """As attention_case, with one query; what is compared is the output (there is no gradient)."""
+    _, definition, plain, inputs = attention_case(module("attention"), path, Tq=1, **sizes)
+    options = {key: sizes.get(key) for key in ("window", "softcap", "scale")}
+    B, Tk = len(inputs[0]), inputs[1].shape[1]
+    doc_start = torch.stack([starts(Tk, *sizes["docs"][i]) for i in range(B)]) if "docs" in sizes else None
+    if doc_start is not None:
+        doc_start = doc_start.clamp(min=sizes.get("pad", 0))
+    first = module("attention")._first_key(doc_start, options["window"], 1, Tk, B, "cpu")
+
+    def function(q, k, v):
+        seen = None if first is None else first[:, 0].to(q.device)
+        return file.decode(q, k, v, seen, options["softcap"], options["scale"])
+
+    return function, definition, plain, inputs
+
+
+def check_decode(case, dtype, device):
+    function, definition, plain, inputs = case
+    inputs = [x.to(dtype).double() for x in inputs]
+    true = definition(*inputs)
+    ours, eager = (f(*(x.to(device, dtype) for x in inputs)).double().cpu() for f in (function, plain))
+    largest = true.abs().max().clamp(min=1)
+    assert (ours - true).abs().max() <= 2 * (eager - true).abs().max() + STEP[dtype] * largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", DECODE)
+def test_decode(triton_device, small_tiles, dtype, name):
+    check_decode(decode_case(small_tiles("decode", module("decode")), "triton", **DECODE[name]), dtype, triton_device)
+
+
+def test_decode_reads_a_slice_of_a_cache_and_nothing_it_does_not_see(triton_device, small_tiles):
+    decode, nan = small_tiles("decode", module("decode")).decode, float("nan")
+    cache = [torch.full((2, 50, 2, 16), nan, device=triton_device) for _ in range(2)]
+    q, k, v = (randn(2, t, h, 16, seed=s).float().to(triton_device) for t, h, s in ((1, 4, 0), (23, 2, 1), (23, 2, 2)))
+    for kept, x in zip(cache, (k, v)):
+        kept[:, :40][:, 17:] = x
+    first = torch.full((2,), 17, dtype=torch.int32, device=triton_device)
+    expected = module("attention").attention_reference(q, k, v)
+    assert torch.allclose(decode(q, cache[0][:, :40], cache[1][:, :40], first), expected, atol=1e-5)
+    other = cache[1][:, :40].transpose(0, 1).contiguous().transpose(0, 1)  # v laid out unlike k
+    assert torch.allclose(decode(q, cache[0][:, :40], other, first), expected, atol=1e-5)
+
+
+def test_attention_of_one_query_goes_to_decode_unless_a_gradient_is_recorded(triton_device, monkeypatch):
+    attention, calls = module("attention"), []
+    monkeypatch.setattr(attention, "use_triton", lambda x: True)
+    plain = attention.decode
+    monkeypatch.setattr(attention, "decode", lambda *a: calls.append(1) or plain(*a))
+    q, k = (randn(1, t, 1, 16).float().to(triton_device) for t in (1, 9))
+    doc_start = torch.tensor([[0, 0, 2, 2, 2, 2, 2, 2, 2]], dtype=torch.int32, device=triton_device)
+    found = attention.attention(q, k, k, doc_start, window=5)
+    assert torch.allclose(found, attention.attention_reference(q, k, k, doc_start, window=5), atol=1e-5) and calls == [1]
+    attention.attention(q.requires_grad_(), k, k).sum().backward()
+    assert calls == [1] and q.grad is not None
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -442,6 +512,14 @@ MUTANTS = [
     ("attention", "softcap without its slope", "1.0 - t * t", "1.0", dict(softcap=2.0)),
     ("attention", "dk not scaled", "dk * scale)", "dk)", {}),
     ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
+    ("decode", "runs not weighted", "weight = tl.exp2(top - tl.max(top, 0))", "weight = tl.exp2(top - top)", {}),
+    ("decode", "the last key lost", "(j < end)", "(j < end - 1)", {}),
+    ("decode", "before the document", "(j >= first) & ", "", dict(docs=((50, 20),))),
+    ("decode", "a group's heads mixed", "h_kv * G + g[:, None]", "h_kv + g[:, None] * HKV", dict(H=4, Hkv=2)),
+    ("decode", "no rescaling when the maximum grows", "acc * rescale[:, None]", "acc", {}),
+    ("decode", "tiles passed over in every run", "tl.maximum(first - begin, 0) // BN * BN", "first // BN * BN",
+     dict(docs=((40, 30),))),
+    ("decode", "strides of a contiguous cache", "j[:, None].to(tl.int64) * stride_t", "j[:, None] * D", dict(Hkv=2, H=4)),
     ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
     ("token_logps", "slices not joined", "tl.exp(lse - high) + ", "", {}),
     ("token_logps", "words past the end counted", 'tl.where(col < V, z, -float("inf"))', "z", dict(size=0.5)),
@@ -456,6 +534,12 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+def check_op(op, file, sizes, device):
+    if op == "decode":
+        return check_decode(decode_case(file, "triton", **dict(Tk=70) | sizes), torch.float32, device)
+    return check(*OPS[op](file, "triton", **sizes), torch.float32, device)
+
+
 @pytest.mark.parametrize("op, name, right, wrong, sizes", MUTANTS, ids=[f"{m[0]}: {m[1]}" for m in MUTANTS])
 def test_mutant_is_caught(triton_device, small_tiles, tmp_path, op, name, right, wrong, sizes):
     source = (ROOT / "kernels" / f"{op}.py").read_text()
@@ -466,13 +550,13 @@ def test_mutant_is_caught(triton_device, small_tiles, tmp_path, op, name, right,
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     with pytest.raises((AssertionError, RuntimeError)):
-        check(*OPS[op](small_tiles(op, mutant), "triton", **sizes), torch.float32, triton_device)
+        check_op(op, small_tiles(op, mutant), sizes, triton_device)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "decode"])
 def test_every_mutant_starts_from_a_kernel_that_passes(triton_device, small_tiles, op):
     for sizes in {str(m[4]): m[4] for m in MUTANTS if m[0] == op}.values():
-        check(*OPS[op](small_tiles(op, module(op)), "triton", **sizes), torch.float32, triton_device)
+        check_op(op, small_tiles(op, module(op)), sizes, triton_device)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="row offsets past 2**31 need 9 GB of GPU memory")
