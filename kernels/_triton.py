@@ -28,6 +28,11 @@ def use_triton(x):
     return x.is_cuda and HAS_TRITON
 
 
+def has_tma():
+    """Has the GPU the copy engine that follows descriptors (Hopper, sm_90, and later)? The interpreter plays one."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+
+
 def recorded(*tensors):
     """Will autograd ask for a gradient of what is made of these?"""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

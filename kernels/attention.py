@@ -16,31 +16,24 @@ A key head's gradient sums over the G = H / Hkv query heads that share it: one p
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import TensorDescriptor, opaque, recorded, tl, triton, use_triton
+from ._attention_cpu import attention_cpu, visible
+from ._triton import TensorDescriptor, has_tma, opaque, recorded, tl, triton, use_triton
 from .decode import decode
 
-# Tiles for an H100 or H200: (queries, keys, warps, stages), by the bytes of one head's row: 256 is D = 128 in 16 bits.
-# Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
+# Tiles for an H100 or H200, and below for an A100 (no descriptors, fewer registers to spare): (queries, keys, warps,
+# stages), by the bytes of one head's row: 256 is D = 128 in 16 bits. Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
 TILES = {
     "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (128, 32, 8, 2), 1024: (32, 32, 4, 1)},
     "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 4, 1)},
     "dkdv": {128: (64, 128, 8, 2), 256: (32, 128, 8, 2), 512: (16, 64, 8, 2), 1024: (16, 32, 4, 1)},
 }
-
-
-def visible(Tq, Tk, doc_start, window, device):
-    """True where query i sees key j: (Tq, Tk), or (B, 1, Tq, Tk) with doc_start. Queries are the last Tq positions."""
-    i = torch.arange(Tk - Tq, Tk, device=device)[:, None]
-    j = torch.arange(Tk, device=device)
-    mask = j <= i
-    if window is not None:
-        mask = mask & (i - j < window)
-    if doc_start is not None:
-        mask = (mask & (doc_start[:, -Tq:, None] <= j))[:, None]
-    return mask
+TILES_SM80 = {
+    "forward": {128: (128, 32, 8, 3), 256: (128, 32, 8, 3), 512: (32, 32, 4, 1), 1024: (32, 32, 4, 1)},
+    "dq": {128: (128, 32, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 4, 1), 1024: (32, 32, 4, 1)},
+    "dkdv": {128: (32, 64, 8, 2), 256: (32, 64, 8, 2), 512: (16, 32, 4, 1), 1024: (16, 32, 4, 1)},
+}
 
 
 def attention_reference(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
@@ -65,15 +58,30 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and the ha
 
 
 @triton.jit
-def _load(x, b, h, t0, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Rows t0 .. t0 + BLOCK of head h: (BLOCK, D), with zeros past T. x is a descriptor of (B, T, H * D)."""
-    return tl.reshape(x.load([b, t0, h * D]), (BLOCK, D))
+def _at(x, b, h, t0, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Addresses of these rows, and whether they are there. x is (pointer, strides of B and T, T)."""
+    t = t0 + tl.arange(0, BLOCK)[:, None]
+    return x[0] + b.to(tl.int64) * x[1] + t.to(tl.int64) * x[2] + h * D + tl.arange(0, D)[None, :], t < x[3]
 
 
 @triton.jit
-def _store(x, b, h, t0, tile):
+def _load(x, b, h, t0, BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """Rows t0 .. t0 + BLOCK of head h of a (B, T, H * D): (BLOCK, D), with zeros past T. With TMA x is a descriptor."""
+    if TMA:
+        return tl.reshape(x.load([b, t0, h * D]), (BLOCK, D))
+    else:
+        at, inside = _at(x, b, h, t0, BLOCK, D)
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(x, b, h, t0, tile, TMA: tl.constexpr):
     """The reverse: what lies past T is dropped."""
-    x.store([b, t0, h * tile.shape[1]], tl.reshape(tile.to(x.dtype), (1, tile.shape[0], tile.shape[1])))
+    if TMA:
+        x.store([b, t0, h * tile.shape[1]], tl.reshape(tile.to(x.dtype), (1, tile.shape[0], tile.shape[1])))
+    else:
+        at, inside = _at(x, b, h, t0, tile.shape[0], tile.shape[1])
+        tl.store(at, tile, mask=inside)
 
 
 @triton.jit
@@ -116,12 +124,12 @@ def _step_over(x, inner, outer):
 def _attention_forward(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, first_ptr, Tq, Tk, H, scale,
     G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest rows start first
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     m = m0 + tl.arange(0, BM)
-    q = _load(q_rows, b, h, m0, BM, D)
+    q = _load(q_rows, b, h, m0, BM, D, TMA)
     first = tl.load(first_ptr + b.to(tl.int64) * Tq + m, mask=m < Tq, other=0) if HAS_FIRST else m
     lo, inner, outer, hi = _key_range(m0, m, Tq, Tk - Tq, first, HAS_FIRST, BM, BN)
     acc, total = tl.zeros((BM, D), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
@@ -130,7 +138,7 @@ def _attention_forward(
         for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BN):
             j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
-            k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
+            k, v = _load(k_rows, b, h // G, j0, BN, D, TMA), _load(v_rows, b, h // G, j0, BN, D, TMA)
             s, _ = _score(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, SOFTCAP)
             if edge:
                 sees = j[None, :] <= m[:, None] + (Tk - Tq)
@@ -146,7 +154,7 @@ def _attention_forward(
             acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
             top = new_top
     nothing = total == 0.0  # a query that saw no key: zeros, and a log-sum-exp that makes its weights 0 in the backward
-    _store(out_rows, b, h, m0, acc / tl.where(nothing, 1.0, total)[:, None])
+    _store(out_rows, b, h, m0, acc / tl.where(nothing, 1.0, total)[:, None], TMA)
     row = tl.program_id(0).to(tl.int64) * Tq + m  # of (B, H, Tq)
     tl.store(lse_ptr + row, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=m < Tq)
 
@@ -159,14 +167,14 @@ def _attention_forward(
 def _attention_dq(
     q_rows, k_rows, v_rows, out_rows, dout_rows, dq_rows, lse_ptr, delta_ptr, first_ptr, Tq, Tk, H, scale,
     G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     m = m0 + tl.arange(0, BM)
     row = tl.program_id(0).to(tl.int64) * Tq + m  # of lse and delta, (B, H, Tq)
-    q = _load(q_rows, b, h, m0, BM, D)
-    out, dout = _load(out_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
+    q = _load(q_rows, b, h, m0, BM, D, TMA)
+    out, dout = _load(out_rows, b, h, m0, BM, D, TMA), _load(dout_rows, b, h, m0, BM, D, TMA)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=m < Tq)  # for the kernel of dk and dv, which runs next
     lse = tl.load(lse_ptr + row, mask=m < Tq, other=float("inf"))
@@ -177,7 +185,7 @@ def _attention_dq(
         for x in tl.range(lo if edge else inner, hi - (outer - inner) if edge else outer, BN):
             j0 = _step_over(x, inner, outer) if edge else x
             j = j0 + tl.arange(0, BN)
-            k, v = _load(k_rows, b, h // G, j0, BN, D), _load(v_rows, b, h // G, j0, BN, D)
+            k, v = _load(k_rows, b, h // G, j0, BN, D, TMA), _load(v_rows, b, h // G, j0, BN, D, TMA)
             s, slope = _score(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, SOFTCAP)
             dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
             ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None]) * slope
@@ -188,19 +196,19 @@ def _attention_dq(
                     k = _finite(k)
                 ds = tl.where(sees, ds, 0.0)
             dq += tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
-    _store(dq_rows, b, h, m0, dq * scale)
+    _store(dq_rows, b, h, m0, dq * scale, TMA)
 
 
 @triton.jit
 def _attention_dkdv(
     q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse_ptr, delta_ptr, end_ptr, Tq, Tk, H, scale,
     G: tl.constexpr, D: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n0, Hkv, shift = tl.program_id(1) * BN, H // G, Tk - Tq
     b, h_kv = tl.program_id(0) // Hkv, tl.program_id(0) % Hkv
     j = n0 + tl.arange(0, BN)
-    k, v = _load(k_rows, b, h_kv, n0, BN, D), _load(v_rows, b, h_kv, n0, BN, D)
+    k, v = _load(k_rows, b, h_kv, n0, BN, D, TMA), _load(v_rows, b, h_kv, n0, BN, D, TMA)
     # queries lo .. hi see some of these keys; all of inner .. outer, a whole number of tiles, see all of them
     lo, hi, last, end = tl.maximum(n0 - shift, 0), Tq, Tq, j
     if HAS_FIRST:  # key j is seen by queries j - shift .. end[j]
@@ -218,7 +226,7 @@ def _attention_dkdv(
             for x in tl.range(lo if edge else inner, stop, BM, num_stages=1 if edge else None):
                 m0 = _step_over(x, inner, outer) if edge else x
                 m = m0 + tl.arange(0, BM)
-                q, dout = _load(q_rows, b, h, m0, BM, D), _load(dout_rows, b, h, m0, BM, D)
+                q, dout = _load(q_rows, b, h, m0, BM, D, TMA), _load(dout_rows, b, h, m0, BM, D, TMA)
                 lse = tl.load(lse_ptr + row + m, mask=m < Tq, other=float("inf"))
                 delta = tl.load(delta_ptr + row + m, mask=m < Tq, other=0.0)
                 s, slope = _score(tl.dot(k, tl.trans(q), input_precision="tf32x3"), scale, SOFTCAP)  # S^T: (BN, BM)
@@ -234,12 +242,12 @@ def _attention_dkdv(
                     p, ds = tl.where(sees, p, 0.0), tl.where(sees, ds, 0.0)
                 dv += tl.dot(p.to(dout.dtype), dout, input_precision="tf32x3")
                 dk += tl.dot(ds.to(q.dtype), q, input_precision="tf32x3")
-    _store(dk_rows, b, h_kv, n0, dk * scale)
-    _store(dv_rows, b, h_kv, n0, dv)
+    _store(dk_rows, b, h_kv, n0, dk * scale, TMA)
+    _store(dv_rows, b, h_kv, n0, dv, TMA)
 
 
 def _tiles(kernel, D, dtype):
-    return TILES[kernel][max(D * dtype.itemsize, 128)]
+    return (TILES if has_tma() else TILES_SM80)[kernel][max(D * dtype.itemsize, 128)]
 
 
 def _joined(x):
@@ -251,8 +259,13 @@ def _joined(x):
 
 
 def _boxes(rows, *tensors):
-    """Descriptors that read and write `rows` rows of one head at a time: on Hopper the copy engine (TMA) does it."""
+    """
+    What the kernels read and write `rows` rows of one head at a time by: descriptors, which Hopper's copy engine (TMA)
+    follows; without it, pointers and strides.
+    """
     D, joined = tensors[0].shape[3], [_joined(x) for x in tensors]
+    if not has_tma():
+        return [(x, x.stride(0), x.stride(1), x.shape[1]) for x in joined]
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, D]) for x in joined]
 
 
@@ -274,7 +287,7 @@ def _forward(
     BM, BN, num_warps, num_stages = _tiles("forward", D, q.dtype)
     _attention_forward[(B * H, triton.cdiv(Tq, BM))](
         *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, out), lse, first, Tq, Tk, H, scale, G=H // Hkv, D=D,
-        HAS_FIRST=first is not None, SOFTCAP=softcap, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        HAS_FIRST=first is not None, SOFTCAP=softcap, BM=BM, BN=BN, TMA=has_tma(), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -293,12 +306,12 @@ def _backward(
     BM, BN, num_warps, num_stages = _tiles("dq", D, q.dtype)
     _attention_dq[(B * H, triton.cdiv(Tq, BM))](
         *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, out, dout, dq), lse, delta, first, Tq, Tk, H, scale,
-        **options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        **options, BM=BM, BN=BN, TMA=has_tma(), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     BM, BN, num_warps, num_stages = _tiles("dkdv", D, q.dtype)
     _attention_dkdv[(B * Hkv, triton.cdiv(Tk, BN))](
         *_boxes(BM, q), *_boxes(BN, k, v), *_boxes(BM, dout), *_boxes(BN, dk, dv), lse, delta, end, Tq, Tk,
-        H, scale, **options, BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        H, scale, **options, BM=BM, BN=BN, TMA=has_tma(), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -319,62 +332,6 @@ class _Attention(torch.autograd.Function):
         return *_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-# --- the CPU path
-
-
-def _attention_dense(q, k, v, doc_start, window, softcap, scale):
-    """The definition in few passes: the G query heads of a key head are stacked into the rows of one batched matmul."""
-    (B, Tq, H, D), (_, Tk, Hkv, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
-    G = H // Hkv
-    q_rows = q.to(acc).transpose(1, 2).reshape(B * Hkv, G * Tq, D)
-    k_cols = k.to(acc).permute(0, 2, 3, 1).reshape(B * Hkv, D, Tk)
-    v_rows = v.to(acc).transpose(1, 2).reshape(B * Hkv, Tk, D)
-    mask = visible(Tq, Tk, doc_start, window, q.device)
-    bias = torch.zeros(mask.shape, dtype=acc, device=q.device).masked_fill_(~mask, torch.finfo(acc).min)
-    if doc_start is None:
-        bias = bias.repeat(G, 1)  # (G * Tq, Tk)
-    else:
-        bias = bias[:, :, None].expand(B, Hkv, G, Tq, Tk).reshape(B * Hkv, G * Tq, Tk)
-    if softcap is None:
-        scores = torch.baddbmm(bias, q_rows, k_cols, alpha=scale)
-    else:
-        scores = softcap * torch.tanh(torch.bmm(q_rows, k_cols) * (scale / softcap)) + bias
-    out = torch.bmm(scores.softmax(-1), v_rows).view(B, H, Tq, D).transpose(1, 2)
-    if doc_start is not None:  # a query that sees nothing (padding on the left)
-        out = torch.where(mask.any(-1).transpose(1, 2)[..., None], out, 0)
-    return out.to(q.dtype)
-
-
-def _attention_documents(q, k, v, starts, lengths, window, softcap, scale):
-    """Packed documents become the rows of padded batches, one for each power of two of the length."""
-    (B, T), outs, order = q.shape[:2], [], []
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    size = lengths.clamp(min=2).sub(1).log2().floor()
-    for s in size.unique():
-        start, length = starts[size == s, None], lengths[size == s, None]
-        offset = torch.arange(int(length.max()), device=q.device)
-        index = start + torch.minimum(offset, length - 1)  # (documents, longest); the last token fills up
-        rows = [x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in (q, k, v)]
-        outs.append(_attention_dense(*rows, None, window, softcap, scale)[offset < length])
-        order.append(index[offset < length])
-    return torch.cat(outs).index_select(0, torch.cat(order).argsort()).view(B, T, *q.shape[1:])
-
-
-def _attention_cpu(q, k, v, doc_start, window, softcap, scale):
-    (B, Tq), Tk = q.shape[:2], k.shape[1]
-    if doc_start is not None and Tq == Tk:
-        first = (doc_start + Tk * torch.arange(B, device=q.device)[:, None]).flatten()  # in the flattened batch
-        starts, lengths = first.unique_consecutive(return_counts=True)
-        if torch.equal(starts, lengths.cumsum(0) - lengths):  # a document starts where its run of tokens does
-            return _attention_documents(q, k, v, starts, lengths, window, softcap, scale)
-    if doc_start is None and window is None and softcap is None and (Tq == 1 or Tq == Tk >= 256):
-        # PyTorch's own: no (Tq, Tk) scores, but slower below 256 (measured: D = 32, fp32, one thread)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=Tq > 1, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
-    return _attention_dense(q, k, v, doc_start, window, softcap, scale)
-
-
 def attention(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
     """Causal attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), H a multiple of Hkv. Returns (B, Tq, H, D).
 
@@ -389,7 +346,7 @@ def attention(q, k, v, doc_start=None, window=None, softcap=None, scale=None):
         raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     scale = D**-0.5 if scale is None else scale
     if not use_triton(q):
-        return _attention_cpu(q, k, v, doc_start, window, softcap, scale)
+        return attention_cpu(q, k, v, doc_start, window, softcap, scale)
     if D not in (16, 32, 64, 128, 256):
         raise ValueError(f"the attention kernel needs D in 16, 32, 64, 128, 256, not {D}")
     if Tq == 1 and not recorded(q, k, v):

@@ -99,7 +99,7 @@ def compile_part(part):
     for name, first in [("cache", None), ("padded", meta(64, 1, dtype=torch.int32))]:
         decode(meta(64, 1, H, D).detach(), cache[0, :, :3001], cache[1, :, :3001], first)
     if part == "sm_80":
-        name = "packed"
+        name, importlib.import_module("kernels.attention").has_tma = "packed", lambda: False
         return both_ways("attention", q, k, v, doc_start, None, None, D**-0.5)
     name = "rms"
     both_ways("layernorm", meta(N, C), meta(C), 1e-5, "rms")
@@ -145,10 +145,11 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_no_kernel_spills_and_all_fit(compiled):
-    # dk and dv keep two (128, 128) fp32 tiles in registers, and have a few bytes too many
-    few = {("_attention_dkdv", 90): 96, ("_attention_dkdv", 80): 96}
+    # dk and dv keep two (128, 128) fp32 tiles in registers, and have a few bytes too many; so has all of D = 256
+    few = {"_attention_dkdv": 112, "_attention_dq": 64}
     for (arch, kernel, case), row in compiled.items():
-        assert row["spills"] <= few.get((kernel, arch), 0), (arch, kernel, case, row)
+        tight = arch == 90 and (kernel == "_attention_dkdv" or case == "D = 256, cap")
+        assert row["spills"] <= (few.get(kernel, 0) if tight else 0), (arch, kernel, case, row)
         assert row["shared"] <= SHARED_LIMIT[arch], (arch, kernel, case, row)
 
 

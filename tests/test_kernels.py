@@ -159,7 +159,8 @@ def small_tiles(monkeypatch):
     def shrink(op, file):
         if op == "attention":
             tiles = {"forward": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1)}
-            monkeypatch.setattr(file, "TILES", {name: dict.fromkeys((128, 256), t) for name, t in tiles.items()})
+            for table in ("TILES", "TILES_SM80"):
+                monkeypatch.setattr(file, table, {name: dict.fromkeys((128, 256), t) for name, t in tiles.items()})
         if op == "decode":
             monkeypatch.setattr(file, "BLOCK_BYTES", 16)  # tiles of 16 keys
             monkeypatch.setattr(file, "PROGRAMS", 3)  # two or three tiles a run
@@ -251,6 +252,14 @@ ATTENTION = {
 def test_attention(triton_device, small_tiles, path, name):
     case = attention_case(small_tiles("attention", module("attention")), path, **ATTENTION[name])
     check(*case, torch.float32, triton_device if path == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("name", ["groups", "last few", "documents", "all"])
+def test_attention_without_descriptors(triton_device, small_tiles, monkeypatch, name):
+    """As an A100 runs it: the same kernels read and write by pointers."""
+    file = small_tiles("attention", module("attention"))
+    monkeypatch.setattr(file, "has_tma", lambda: False)
+    check(*attention_case(file, "triton", **ATTENTION[name]), torch.float32, triton_device)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -457,6 +466,18 @@ def test_without_triton_the_cpu_paths_run():
     assert done.stdout.split()[0] == "64.0"
 
 
+def test_the_page_on_triton_shows_the_kernel_that_it_is_about():
+    """Line by line, but for comments and spaces: the docstring of kernels/__init__.py may not go stale."""
+
+    def code(text):
+        return [" ".join(line.split("#")[0].split()) for line in text.splitlines() if line.split("#")[0].strip()]
+
+    source, page = code((ROOT / "kernels" / "swiglu.py").read_text(encoding="utf-8")), code(kernels.__doc__)
+    start = source.index("def _swiglu_forward(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr):")
+    for line in source[start : start + 6]:
+        assert line in page
+
+
 def test_wrong_shapes_are_named():
     x, w = torch.ones(2, 4, 6, 8), torch.ones(9)
     for call in (
@@ -510,7 +531,7 @@ MUTANTS = [
     ("attention", "no rescaling when the maximum grows", "acc * rescale[:, None]", "acc", {}),
     ("attention", "dS without delta", "(dp - delta[:, None])", "dp", {}),
     ("attention", "softcap without its slope", "1.0 - t * t", "1.0", dict(softcap=2.0)),
-    ("attention", "dk not scaled", "dk * scale)", "dk)", {}),
+    ("attention", "dk not scaled", "dk * scale, TMA", "dk, TMA", {}),
     ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
     ("decode", "runs not weighted", "weight = tl.exp2(top - tl.max(top, 0))", "weight = tl.exp2(top - top)", {}),
     ("decode", "the last key lost", "(j < end)", "(j < end - 1)", {}),
