@@ -96,7 +96,7 @@ class Checkpoint:
                     die(f"{index}: tensor {name} lies in {file!r}, which is no safetensors file of this folder")
         else:
             others = sorted(p.name for suffix in ("bin", "pt", "pth", "gguf") for p in self.folder.glob(f"*.{suffix}"))
-            die(f"{self.folder} holds no model.safetensors" + (f" but {others[0]}" if others else "") + ": weights are "
+            die(f"{self.folder} holds no model.safetensors" + (f" but {others[0]}" if others else ", it is missing") + ": weights are "
                 "read as safetensors only, nothing is unpickled; convert it, or fetch the safetensors version")
         for file in sorted(set(where.values())) or ["model.safetensors"]:
             for name, entry in self._header(file).items():

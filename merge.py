@@ -12,24 +12,19 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import struct
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from checkpoint import Checkpoint, carry, finite, read_json, safetensors_header, write_index
 from common import atomic_dir, die, git_commit, parse_config, progress
 
 CHUNK = 1 << 17  # elements merged at once: they stay in the cache
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 OUTPUT = ("auto", "float16", "bfloat16", "float32", "float64")
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-           "generation_config.json", "config.json")  # copied byte for byte from the first model
 USES = {"linear": ("weights", "normalize"), "slerp": ("t",), "ties": ("weights", "density", "lam", "normalize"),
         "dare_ties": ("weights", "density", "lam", "normalize", "seed")}
 
@@ -189,11 +184,6 @@ class Stats:
                 "cosine": [[c if math.isfinite(c) else None for c in row] for row in cosine]}
 
 
-def finite(x):
-    """No NaN, no infinity. Any of them shows in the sum, which is many times as fast to look at."""
-    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
-
-
 def merge_tensor(name, tensors, base, cfg, keys, dtype, stats=None):
     """
     Yields the merged tensor as 1-D chunks of `dtype`. tensors: K of one shape, of any floating dtypes (integers must be
@@ -323,67 +313,20 @@ def check_tokenizers(folders):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints on disk
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        die(f"{path} cannot be read ({e}); a checkpoint is a folder with config.json and model.safetensors")
-    return value if isinstance(value, dict) else die(f"{path} holds no JSON object; copy it again")
+def parent(folder):
+    """A model's Checkpoint, without the second copy of a tied head that some folders hold: the merge has none."""
+    stored, head, embedding = Checkpoint(folder), "lm_head.weight", "model.embed_tokens.weight"
+    if functional(stored.config)["tie_word_embeddings"] and {head, embedding} <= stored.table.keys():
+        if not stored.same(head, embedding):
+            die(f"{folder}: tensor {head} differs from {embedding}, though config.json ties them; correct one")
+        del stored.table[head]
+    return stored
 
 
-class Checkpoint:
-    """A folder's config.json and the headers of its safetensors files; a tensor is read when it is asked for."""
-
-    def __init__(self, folder):
-        self.folder, self.table, self.file, where = Path(folder), {}, {}, {}  # name -> (shape, dtype), name -> file
-        if not self.folder.is_dir():
-            die(f"checkpoint {folder} not found: give a local folder (`hf download NAME --local-dir DIR` fetches one)")
-        self.config, index = read_json(self.folder / "config.json"), self.folder / "model.safetensors.index.json"
-        if index.exists():
-            where = read_json(index).get("weight_map")
-            if not where or not isinstance(where, dict):
-                die(f"{index} has no weight_map; copy it again")
-            for name, file in where.items():
-                if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
-                    die(f"{index}: tensor {name} lies in {file!r}, which is no safetensors file of this folder")
-        for file in sorted(set(where.values())) or ["model.safetensors"]:
-            with self.open(file) as f:
-                for name in f.keys():
-                    code = f.get_slice(name).get_dtype()
-                    if code not in DTYPES:
-                        die(f"{self.folder / file}: tensor {name} is {code}, which has no average; convert it first")
-                    if where and where.get(name) != file:
-                        die(f"{self.folder / file}: tensor {name} is surplus, in the index it is "
-                            f"{where.get(name, 'nowhere')}; copy the folder again")
-                    self.table[name], self.file[name] = (tuple(f.get_slice(name).get_shape()), DTYPES[code]), file
-        for name in sorted(where.keys() - self.table.keys()):
-            die(f"{self.folder / where[name]}: tensor {name} of the index is missing; copy the folder again")
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if functional(self.config)["tie_word_embeddings"] and {head, embedding} <= self.table.keys():
-            if not torch.equal(self.read(head), self.read(embedding)):
-                die(f"{folder}: tensor {head} differs from {embedding}, though config.json ties them; correct one")
-            del self.table[head]  # some folders hold the tied head a second time; the merge does not
-
-    def open(self, file):
-        try:
-            return safe_open(self.folder / file, framework="pt")
-        except (SafetensorError, OSError) as e:
-            die(f"{self.folder / file} cannot be read ({e}): missing, damaged or unfinished; copy it again")
-
-    def read(self, name):  # opened anew: the file is mapped, and its pages leave this process together with the tensor
-        with self.open(self.file[name]) as f:
-            return f.get_tensor(name)
-
-
-def safetensors_header(table):
-    """table: name -> (shape, dtype), in the order in which the data will follow -> 8 bytes of length and the JSON."""
-    header, at, codes = {"__metadata__": {"format": "pt"}}, 0, {dtype: code for code, dtype in DTYPES.items()}
-    for name, (shape, dtype) in table.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name], at = {"dtype": codes[dtype], "shape": shape, "data_offsets": [at, end]}, end
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
+def read(stored, name):
+    """A tensor, mapped: the system may drop its pages, and opened anew, so that they leave this process with it."""
+    with safe_open(stored.folder / stored.file[name], framework="pt") as f:
+        return f.get_tensor(name)
 
 
 def output_dtype(cfg, first):
@@ -413,7 +356,7 @@ def main(cfg):
         die(f"--out {out} is, or holds, one of the models; give another folder")
     if out.exists() and not (cfg.overwrite and (out / "merge_report.json").exists()):
         die(f"--out {out} exists; give another folder, or --overwrite if it is an earlier merge")
-    parents = [Checkpoint(folder) for folder in folders]
+    parents = [parent(folder) for folder in folders]
     check_configs([p.config for p in parents], folders)
     check_tokenizers(folders)
     check_tensors([p.table for p in parents], folders)
@@ -441,7 +384,7 @@ def main(cfg):
                 with open(folder / file, "wb") as f:
                     f.write(safetensors_header(part))
                     for name, (_, dtype) in part.items():
-                        tensors, group = [p.read(name) for p in parents], stats.setdefault(group_of(name), Stats(K))
+                        tensors, group = [read(p, name) for p in parents], stats.setdefault(group_of(name), Stats(K))
                         base = tensors.pop() if cfg.base else None
                         for chunk in merge_tensor(name, tensors, base, cfg, keys, dtype, group):
                             f.write(chunk.view(torch.uint8).numpy())
@@ -449,10 +392,9 @@ def main(cfg):
 
             # 4) last what makes the folder a checkpoint: index, tokenizer, config.json; then the report
             if list(layout) != ["model.safetensors"]:
-                index = {"metadata": {"total_size": total}, "weight_map": {name: first.file[name] for name in table}}
-                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-            for name in (name for name in CARRIED if (first.folder / name).exists()):
-                shutil.copyfile(first.folder / name, folder / name)
+                write_index(folder, table, first.file)
+            carry(first.folder, folder)
+            shutil.copyfile(first.folder / "config.json", folder / "config.json")
             if cfg.dtype != "auto":
                 stored = {key: cfg.dtype for key in ("dtype", "torch_dtype") if key in first.config}
                 config = {**first.config, **(stored or {"torch_dtype": cfg.dtype})}

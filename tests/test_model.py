@@ -87,7 +87,7 @@ def test_greedy_equals_transformers(name):
     assert generate(load(FIXTURES / name), [row[:3], row[:8], row], 12) == [[t] for t in tokens]
 
 
-def rotate_halves(q, k, cos, sin, interleaved):
+def rotate_halves(q, k, cos, sin, interleaved, in_place):
     """Llama's RoPE: pairs (i, i + D / 2) instead of (2 i, 2 i + 1)."""
     def one(x):
         a, b = x.chunk(2, -1)
@@ -105,7 +105,7 @@ def heads_in_turn(q, k, v, **options):
 plain_attention, plain_layernorm = model_file.attention, model_file.layernorm
 MUTANTS = {
     "RoPE of halves": ("rope", rotate_halves),
-    "no RoPE": ("rope", lambda q, k, cos, sin, interleaved: (q, k)),
+    "no RoPE": ("rope", lambda q, k, cos, sin, interleaved, in_place: (q, k)),
     "key heads in turn": ("attention", heads_in_turn),
     "scores not scaled": ("attention", lambda q, k, v, **o: plain_attention(q, k, v, **o | {"scale": 1.0})),
     "gate and up swapped": ("swiglu", lambda gate, up: F.silu(up) * gate),
