@@ -139,26 +139,28 @@ class Chat:
                         for file in ("tokenizer_config.json", "special_tokens_map.json"))
         names = {key: value.get("content") if isinstance(value, dict) else value for key, value in (more | config).items()
                  if key.endswith("_token") and isinstance(value, (str, dict))}
-        own = self.tokenizer.encode("", add_special_tokens=True).ids  # what the tokenizer puts around any text
-        if own and "bos_token" not in names:  # some files leave it to a default of their class in transformers
-            names["bos_token"] = self.tokenizer.id_to_token(own[0])
-        added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        alone, framed, behind = (self.tokenizer.encode(text, add_special_tokens=special).ids for text, special in
+                                 (("a", False), ("a", True), ("|a", False)))
+        first = framed[0] if framed[0] != alone[0] else None  # what the tokenizer puts before a text
+        if first is not None and "bos_token" not in names:  # some files leave it to a default of their class in transformers
+            names["bos_token"] = self.tokenizer.id_to_token(first)
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        added = {i: token.content for i, token in tokens.items()}
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.names, (text, self.where) = names, read_template(self.folder, config)
         self.template = compile_template(text, self.where) if text is not None else None
         self.spelled = re.compile("")  # every text that may hold a control token: it finds all of them
         self._cache, self._cached = {}, 0  # prompts and completions repeat: K samples, several epochs, several scorers
-        alone, behind = (self.tokenizer.encode(x, add_special_tokens=False).ids for x in ("a", "|a"))
         self.asked, self.asked_head = self.messages("a"), None
         self.puts_space = behind[-len(alone):] != alone  # as SentencePiece does in front of a text
 
         # 1) one BOS: the one the template writes, or the one the tokenizer would put before a text
         self.bos = self._id(names.get("bos_token"))
-        self.adds_bos = self.bos is not None and own[:1] == [self.bos]
+        self.adds_bos = self.bos is not None and first == self.bos
 
         # 2) which tokens are not text: special ones, and the added ones that a conversation is framed with; but not line
         # breaks (which are added tokens in Gemma's files), nor what the template looks for in a text, as <think>
-        self.control = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.control = {i for i, token in tokens.items() if token.special}
         self.control |= {self._id(name) for name in names.values()} - {None}
         turn, rendered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], ""
         for messages in ([{"role": "system", "content": "s"}, *turn, turn[0]], [*turn, turn[0]]):  # some have no system
@@ -175,7 +177,6 @@ class Chat:
             self.stop_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)
                               and not isinstance(i, bool) and 0 <= i < self.vocab_size}
         self.control |= self.stop_ids & added.keys()
-        tokens = self.tokenizer.get_added_tokens_decoder()
         if all(i in tokens and not tokens[i].normalized for i in self.control):  # these are found by their letters alone
             self.spelled = re.compile("|".join(re.escape(added[i]) for i in self.control) + f"|{MARK.pattern}")
         if self.template:

@@ -213,16 +213,6 @@ def unsharded(model):
         model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
-def full_state_dict(model):
-    """name -> whole tensor on the CPU. Under FSDP a collective, one tensor at a time; empty on ranks other than 0."""
-    out = {}
-    for name, p in model.state_dict().items():
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p
-        if is_main():
-            out[name] = p.detach().cpu()
-    return out
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # optimisation
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from chat import Chat
 
@@ -681,6 +682,16 @@ def test_bos_of_files_that_do_not_name_it(folder):
         chat = Chat(folder(tokenizer_config=config.encode(), special_tokens_map=json.dumps(mapped).encode()))
         ids = chat.prompt_ids("Hello")
         assert chat.bos == 5 and ids[0] == 5 and ids.count(5) == 1 and chat.end == 561
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_no_bos(tmp_path):
+    path = Path(shutil.copytree(FOLDER / "qwen", tmp_path / "qwen"))
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[
+        ("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))])
+    tokenizer.save(str(path / "tokenizer.json"))
+    chat = Chat(path)
+    assert chat.bos is None and chat.prompt_ids("Hello") == load("qwen").prompt_ids("Hello")
 
 
 def test_a_stop_token_that_is_spelled_ends_nothing(tmp_path):
