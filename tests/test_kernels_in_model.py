@@ -20,9 +20,9 @@ from generate import generate
 from model import Transformer
 
 OPS = ["attention", "layernorm", "rope", "swiglu", "token_logps"]
-SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
              intermediate_size=40, initializer_range=0.3)
-WINDOWS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"])
+WINDOWS = dict(num_hidden_layers=2, sliding_window=9, layer_types=["sliding_attention", "full_attention"])
 FAMILIES = {
     "cohere": dict(use_qk_norm=True, logit_scale=0.5), "cohere2": dict(logit_scale=0.5, **WINDOWS),
     "llama": dict(tie_word_embeddings=False), "qwen3": dict(), "qwen2": dict(),
