@@ -78,7 +78,7 @@ def compile_part(part):
         out = out if isinstance(out, tuple) else (out,)
         torch.autograd.backward(out, [torch.empty_like(x) for x in out])
 
-    N, C, ffn, V, H, Hkv, D = 8192, 4096, 14336, 256_000, 32, 8, 128
+    N, C, ffn, H, Hkv, D = 8192, 4096, 14336, 32, 8, 128
     q, k, v, angles = meta(1, N, H, D), meta(1, N, Hkv, D), meta(1, N, Hkv, D), meta(N, D // 2, dtype=torch.float32)
     doc_start = meta(1, N, dtype=torch.int32)
     importlib.import_module("kernels.token_logps").SLICE = N * 16_384

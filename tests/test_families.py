@@ -42,14 +42,7 @@ def difference(model, expected):
     suffix = ".float64" if model.head.dtype == torch.float64 else ""
     expected = {key.removesuffix(suffix): x for key, x in expected.items()
                 if key.endswith(".float64") == bool(suffix) or key == "ids"}
-    seen = {}
-    parts = {f"layer_{i}": layer for i, layer in enumerate(model.model.layers)} | {"norm": model.model.norm}
-    hooks = [part.register_forward_hook(lambda m, a, out, key=key: seen.__setitem__(key, out))
-             for key, part in parts.items()]
-    with torch.no_grad():
-        seen["logits"] = model(expected["ids"])
-    for hook in hooks:
-        hook.remove()
+    seen = tiny.outputs(model, expected["ids"])
     assert seen.keys() == expected.keys() - {"ids", "greedy"}
     return max(((out - expected[key]).abs().max() / expected[key].abs().max()).item() for key, out in seen.items())
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import model as model_file
+import tiny
 from generate import generate
 from model import Config, KVCache, LayerNorm, Transformer, load, save
 
@@ -38,23 +39,10 @@ def copy(tmp_path):
     return lambda name="cohere_gqa": Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
 
-def outputs(model, ids):
-    """{"layer_0": ..., "norm": ..., "logits": ...} as make_cohere.py recorded them."""
-    seen = {}
-    parts = {f"layer_{i}": layer for i, layer in enumerate(model.model.layers)} | {"norm": model.model.norm}
-    hooks = [part.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
-             for name, part in parts.items()]
-    with torch.no_grad():
-        seen["logits"] = model(ids)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 def worst(model, expected):
     """The largest difference to transformers, as a share of each output's largest value."""
     return max(((out - expected[name]).abs().max() / expected[name].abs().max()).item()
-               for name, out in outputs(model, expected["ids"]).items())
+               for name, out in tiny.outputs(model, expected["ids"]).items())
 
 
 def refusal(call, *words):
@@ -73,7 +61,7 @@ def refusal(call, *words):
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_transformers(name, dtype, suffix, close):
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    found = outputs(load(FIXTURES / name, dtype), expected["ids"])
+    found = tiny.outputs(load(FIXTURES / name, dtype), expected["ids"])
     assert found.keys() == {key for key in expected if "." not in key} - {"ids", "greedy"}
     for key, out in found.items():  # a share of an output's largest value (layers 100, logits 2)
         true = expected[key + suffix]

@@ -54,6 +54,19 @@ def make_checkpoint(folder, seed=0, tokenizer=True, **sizes):
     return model
 
 
+def outputs(model, ids):
+    """{"layer_0": ..., "norm": ..., "logits": ...}: what fixtures/make_cohere.py and make_families.py recorded."""
+    seen = {}
+    parts = {f"layer_{i}": layer for i, layer in enumerate(model.model.layers)} | {"norm": model.model.norm}
+    hooks = [part.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
+             for name, part in parts.items()]
+    with torch.no_grad():
+        seen["logits"] = model(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def write(path, rows):
     write_rows(path, rows)
     return str(path)
