@@ -139,54 +139,57 @@ class Checkpoint:
         a time: no second copy of the tensor exists. Ends with one line on NaN or infinity.
         """
         shape, dtype = self.table[name]
-        flat, width = out.detach().view(-1), math.prod(shape[1:]) * dtype.itemsize  # bytes of a row
+        flat, per_row = out.detach().view(-1), math.prod(shape[1:])
         direct = out.device.type == "cpu" and out.dtype == dtype
         step = CHUNK // dtype.itemsize
         buffer = None if direct else torch.empty(min(step, flat.numel()), dtype=dtype)
-        with self._at(name, row * width) as f:
-            for i in range(0, flat.numel(), step):
-                to = flat[i:i + step]
-                chunk = to if direct else buffer[:to.numel()]
-                self._fill(f, chunk, name)
-                if not direct:
-                    to.copy_(chunk)
-                if dtype.is_floating_point and not finite(to):
-                    if finite(chunk):
-                        die(f"{self.folder / self.file[name]}: tensor {name} holds values too large for {out.dtype}; "
-                            "load it as bfloat16 or float32")
-                    die(f"{self.folder / self.file[name]}: tensor {name} holds NaN or infinity: the checkpoint is "
-                        "broken; leave it out")
+        for i in range(0, flat.numel(), step):
+            to = flat[i:i + step]
+            chunk = to if direct else buffer[:to.numel()]
+            self.pread(name, chunk, row * per_row + i)
+            if not direct:
+                to.copy_(chunk)
+            if dtype.is_floating_point and not finite(to):
+                if finite(chunk):
+                    die(f"{self.folder / self.file[name]}: tensor {name} holds values too large for {out.dtype}; "
+                        "load it as bfloat16 or float32")
+                self.not_finite(name)
+
+    def not_finite(self, name):
+        die(f"{self.folder / self.file[name]}: tensor {name} holds NaN or infinity: the checkpoint is broken; leave it "
+            "out")
 
     def same(self, name, other):
         """Do two tensors hold the same bytes? Read chunk by chunk: either may be 4 GB."""
-        (shape, dtype), chunks = self.table[name], torch.empty(2, CHUNK, dtype=torch.uint8)
+        (shape, dtype), step = self.table[name], CHUNK // self.table[name][1].itemsize
+        n, chunks = math.prod(shape), torch.empty(2, step, dtype=dtype)
         if self.table[other] != (shape, dtype):
             return False
-        left = math.prod(shape) * dtype.itemsize
-        with self._at(name) as f, self._at(other) as g:
-            while left > 0:
-                a, b = (chunk[:min(left, CHUNK)] for chunk in chunks)
-                self._fill(f, a, name)
-                self._fill(g, b, other)
-                if not torch.equal(a, b):
-                    return False
-                left -= len(a)
+        for i in range(0, n, step):
+            a, b = (chunk[:n - i] for chunk in chunks)
+            self.pread(name, a, i)
+            self.pread(other, b, i)
+            if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                return False
         return True
 
-    def _at(self, name, offset=0):
-        """The tensor's file, opened, at this byte of the tensor. No mapping: mapped pages would count as memory."""
-        f = open(self.folder / self.file[name], "rb", buffering=0)
-        f.seek(self.begin[name] + offset)
-        return f
-
-    def _fill(self, f, chunk, name):
-        """Reads the bytes of a contiguous 1-D CPU tensor; a read may be cut short, a file must not be."""
-        view = memoryview(chunk.view(torch.uint8).numpy())
-        while view:
-            n = f.readinto(view)
-            if not n:
-                die(f"{self.folder / self.file[name]} ends inside tensor {name}: it has changed; copy it again")
-            view = view[n:]
+    def pread(self, name, out, begin=0):
+        """
+        Fills `out`, a contiguous 1-D CPU tensor of the stored dtype, with the tensor's elements from `begin` on. Several
+        threads may read at once. No mapping: mapped pages would count as this process's memory.
+        """
+        view, at = memoryview(out.view(torch.uint8).numpy()), self.begin[name] + begin * out.dtype.itemsize
+        fd = os.open(self.folder / self.file[name], os.O_RDONLY)
+        try:
+            while view:  # a read may be cut short, a file must not be
+                n = os.preadv(fd, [view], at)
+                if not n:
+                    die(f"{self.folder / self.file[name]} ends inside tensor {name}: it has changed; copy it again")
+                view, at = view[n:], at + n
+        except OSError as e:
+            die(f"{self.folder / self.file[name]} cannot be read ({e.strerror}) inside tensor {name}; copy it again")
+        finally:
+            os.close(fd)
 
 
 def safetensors_header(table):

@@ -1,256 +1,113 @@
 """
-Merging checkpoints, tensor by tensor, never holding a model. Aya Expanse merges at every stage: models of different
-language clusters, and checkpoints of one run. Its choice is the weighted average (model soups, Wortsman et al. 2022,
-arXiv 2203.05482). SLERP (Shoemake 1985), TIES (Yadav et al. 2023, arXiv 2306.01708) and DARE-TIES (Yu et al. 2023,
-arXiv 2311.03099) are here to compare. OUT/merge_report.json says how far each model moved, and how much they agree.
+Merging checkpoints of any size in the memory of a few chunks. Aya Expanse merges at every stage: models of different
+language clusters, and checkpoints of one run. Its choice is the weighted average; SLERP, TIES and DARE-TIES are here to
+compare. The mathematics, with its papers, is in merge_methods.py, the streaming in merge_stream.py, the search for weights
+in merge_search.py; this file refuses what cannot be averaged, writes the folder and says what a person wants to know.
 
 python merge.py --models out/mini/sft-west out/mini/sft-east --weights 1 2 --out out/my-merged
 python merge.py --method ties --models out/mini/sft-west out/mini/sft-east --base out/mini/base --density 0.2 --out out/my-ties
+python merge.py --method slerp --models out/mini/sft-west out/mini/sft-east --t 0,0.5,1 --out out/my-slerp
+python merge.py --models out/mini/sft-west out/mini/sft-east --base out/mini/base --weights search --dev out/mini/data/merge_dev.jsonl --held_out out/mini/data/merge_held_out.jsonl --out out/my-search
+
+A setting that may run over the depth (--weights, --t) takes numbers with commas: 0,0.5,1 is 0 in the first layer, 0.5 in
+the middle, 1 in the last, linear in between; what lies outside the layers gets the first number.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from checkpoint import Checkpoint, carry, finite, read_json, safetensors_header, write_index
+import merge_stream
+from checkpoint import Checkpoint, carry, find, read_json, safetensors_header, write_index
 from common import atomic_dir, die, git_commit, parse_config, progress
+from merge_stream import Plan
 
-CHUNK = 1 << 17  # elements merged at once: they stay in the cache
 OUTPUT = ("auto", "float16", "bfloat16", "float32", "float64")
-USES = {"linear": ("weights", "normalize"), "slerp": ("t",), "ties": ("weights", "density", "lam", "normalize"),
+USES = {"linear": ("weights", "normalize", "lam"), "slerp": ("t",),
+        "ties": ("weights", "density", "lam", "normalize", "trim"),
         "dare_ties": ("weights", "density", "lam", "normalize", "seed")}
 
 
 @dataclass
 class Config:
     method: str = "linear"  # linear | slerp | ties | dare_ties
-    models: list[str] = field(default_factory=list)  # checkpoint folders; the first gives config.json and the tokenizer
-    weights: list[float] = field(default_factory=list)  # one per model; all equal if left out
-    base: str = ""  # what the models were fine-tuned from: needed by ties and dare_ties, else only for the report
+    models: list[str] = field(default_factory=list)  # folders or hub names; the first gives config.json and tokenizer
+    weights: list[str] = field(default_factory=list)  # one per model; all equal if left out; or the word: search
+    base: str = ""  # what the models were fine-tuned from: needed by ties and dare_ties, tells more in the report
     density: float = 0.2  # ties: share of each delta kept, the largest; dare_ties: probability to keep, then rescaled
-    lam: float = 1.0  # ties, dare_ties: how far to go from the base along the merged delta
-    t: float = 0.5  # slerp: 0 is the first model, 1 the second
+    trim: str = "tensor"  # ties: keep the largest of each tensor, or of the whole model, as published: tensor | model
+    lam: float = 1.0  # with --base: how far to go from it, 0 is the base, 1 the merge
+    t: str = "0.5"  # slerp: 0 is the first model, 1 the second
     seed: int = 0  # dare_ties: masks depend on this, the model's folder name and the tensor's name, on nothing else
     normalize: bool = True  # divide by the sum of weights (ties, dare_ties: of the models that agree on the sign)
     dtype: str = "auto"  # of the output: auto (the first model's) | float16 | bfloat16 | float32 | float64
+    threads: int = 0  # 0: one for each core, at most 8
     out: str = "out/mini/merged"  # folder to write; it appears when the merge is complete
     overwrite: bool = False  # replace --out if it is an earlier merge
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the mathematics: tensors of one shape in, one out, computed in fp32 or wider and not rounded (the caller casts once).
-# Masks are multiplied with: on a CPU that is several times as fast as torch.where, whose branches guess wrong.
-
-def widen(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def linear(tensors, weights, normalize=True):
-    """sum_i w_i x_i / sum_i w_i (model soups); normalize off: no division. A model of weight 0 is not looked at."""
-    terms = [(x, w) for x, w in zip(tensors, weights, strict=True) if w != 0] or [(tensors[0], 0.0)]
-    out = widen(terms[0][0]) * terms[0][1]
-    for x, w in terms[1:]:
-        out.add_(widen(x), alpha=w)
-    return out.div_(sum(weights)) if normalize else out  # one division at the end: w_i / sum(w) would round as well
-
-
-def dots(a, b):
-    """a.a, a.b, b.b as float64 (3,). Of a tensor: the sum over its chunks."""
-    a, b = a.flatten().double(), b.flatten().double()
-    return torch.stack([a @ a, a @ b, b @ b])
-
-
-def slerp(a, b, t, sums=None):
-    """
-    sin((1-t) W) / sin(W) a + sin(t W) / sin(W) b, W the angle between a and b as flat vectors (Shoemake 1985, with the
-    lengths left as they are). Nearly parallel, or a zero vector: (1-t) a + t b.
-    sums: dots() of the whole tensors, where a and b are chunks.
-    """
-    aa, ab, bb = (dots(a, b) if sums is None else sums).tolist()
-    cosine = ab / math.sqrt(aa) / math.sqrt(bb) if min(aa, bb) > 1e-16 else 1.0
-    if not abs(cosine) <= 0.9995:  # NaN as well: the caller looks for it
-        return linear([a, b], [1 - t, t], normalize=False)
-    angle = math.acos(cosine)
-    weights = [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
-    return linear([a, b], weights, normalize=False)
-
-
-def trim_threshold(chunks, density):
-    """
-    TIES step 1: the k-th largest |x|, k = max(1, int(density * n)), over the n elements of chunks(), which yields the
-    tensors anew at each call. Exact without sorting: the bits of fp32 magnitudes order like the magnitudes, so count
-    their upper 16 of 31 bits, then the lower 15 of those in the bin that holds the k-th.
-    """
-    def bits(x):
-        return x.float().abs().flatten().view(torch.int32)
-
-    def find(counts, k):  # the highest bin that has k elements in it and above, and what is left of k inside it
-        above = counts.flip(0).cumsum(0).flip(0)
-        b = int((above >= k).sum()) - 1
-        return b, k - int(above[b] - counts[b])
-
-    counts = sum((torch.bincount(bits(x) >> 15, minlength=1 << 16) for x in chunks()), torch.zeros(1 << 16).long())
-    if not counts.any():
-        return 0.0  # an empty tensor
-    high, k = find(counts, max(1, int(density * int(counts.sum()))))
-    low, _ = find(sum(torch.bincount(b[b >> 15 == high] & 0x7FFF, minlength=1 << 15) for b in map(bits, chunks())), k)
-    return torch.tensor(high << 15 | low, dtype=torch.int32).view(torch.float32).item()
-
-
-def elect_and_merge(base, deltas, weights, lam=1.0, normalize=True):
-    """
-    TIES steps 2 and 3: elect the sign of sum_i w_i d_i per element (0 counts as +); tau = sum w_i d_i / sum w_i over
-    the models whose w_i d_i has that sign, zeros never counting (normalize off: no division); theta_0 + lambda tau.
-    With equal weights this is the paper's rule. Where nothing moved the base stays bit for bit, its -0.0 included.
-    """
-    plus, minus, plus_weight, minus_weight = (torch.zeros_like(base) for _ in range(4))
-    for d, w in zip(deltas, weights, strict=True):
-        term = d * w
-        plus += term.clamp(min=0)
-        minus += term.clamp(max=0)
-        plus_weight.add_(term.sign().clamp(min=0), alpha=w)
-        minus_weight.sub_(term.sign().clamp(max=0), alpha=w)
-    elected = (plus + minus >= 0).to(base.dtype)
-    tau = elected * plus + (1 - elected) * minus
-    if normalize:
-        divisor = elected * plus_weight + (1 - elected) * minus_weight
-        tau /= divisor + (divisor == 0)
-    return base - (0.0 - lam * tau)  # 0.0 - 0.0 is +0.0, which leaves a base of -0.0 alone where an addition would not
-
-
-def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=None):
-    """
-    TIES (algorithm 1): keep each delta's largest `density` share, all ties included, then elect and merge.
-    thresholds: trim_threshold() of each model's whole delta, where base and tensors are chunks.
-    """
-    base, trimmed = widen(base), []
-    for i, x in enumerate(tensors):
-        d = widen(x) - base
-        least = thresholds[i] if thresholds else trim_threshold(lambda: [d], density)
-        trimmed.append(d * (d.float().abs() >= least).to(d.dtype))
-    return elect_and_merge(base, trimmed, weights, lam, normalize)
-
-
-def dare(delta, density, generator):
-    """DARE (1 - density is the paper's p): keep each element with probability density, times 1 / density. Unbiased."""
-    kept = torch.empty(delta.shape).uniform_(generator=generator) < density  # fp32 draws, the same however chunked
-    return widen(delta) * kept.to(torch.float32) / density
-
-
-def dare_ties(base, tensors, weights, density, generators, lam=1.0, normalize=True):
-    """DARE on each delta, then TIES' election and mean without a second trim. base and tensors may be chunks."""
-    base = widen(base)
-    deltas = [dare(widen(x) - base, density, g) for x, g in zip(tensors, generators, strict=True)]
-    return elect_and_merge(base, deltas, weights, lam, normalize)
-
-
-def mask_generator(seed, model, tensor):
-    """Keyed by a hash, as raw seeds would repeat draws that made the weights. torch's CPU generator takes 32 bits."""
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}\n{model}\n{tensor}".encode()).digest()[:4], "little"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one tensor, chunk by chunk
-
-class Stats:
-    """Sums over a group of tensors. x: K models' (n,); origin (n,): the base's, or without a base the result's."""
-
-    def __init__(self, K):
-        self.n, self.size, self.moved, self.same = 0, 0.0, torch.zeros(K).double(), torch.zeros(K).double()
-        self.gram = torch.zeros(K, K).double()  # inner products of the deltas; without a base, of the weights
-
-    def add(self, x, origin, has_base):
-        deltas = [v - origin for v in x]
-        rows, K = deltas if has_base else x, len(x)
-        self.n, self.size = self.n + origin.numel(), self.size + (origin @ origin).item()
-        self.moved += torch.stack([d @ d for d in deltas])
-        self.same += origin.numel() - torch.stack([d.count_nonzero() for d in deltas])
-        self.gram += torch.stack([rows[min(i, j)] @ rows[max(i, j)] for i in range(K) for j in range(K)]).view(K, K)
-
-    def as_dict(self):
-        lengths = self.gram.diag().sqrt()
-        cosine = (self.gram / torch.outer(lengths, lengths)).tolist()  # 0 / 0 for a model that did not move: null
-        return {"parameters": self.n, "norm": math.sqrt(self.size), "delta_norm": self.moved.sqrt().tolist(),
-                "unchanged": (self.same / max(1, self.n)).tolist(),  # share of elements: bf16 swallows small updates
-                "cosine": [[c if math.isfinite(c) else None for c in row] for row in cosine]}
-
-
-def merge_tensor(name, tensors, base, cfg, keys, dtype, stats=None):
-    """
-    Yields the merged tensor as 1-D chunks of `dtype`. tensors: K of one shape, of any floating dtypes (integers must be
-    equal and are copied); base: one more, or None; keys: K names for DARE's masks. Arithmetic in fp32 for 16-bit
-    inputs, in fp64 where one is wider, so that the cast at the end is the one rounding that shows.
-    Raises SystemExit on NaN, infinity, overflow of `dtype`, and integers that differ.
-    """
-    K, weights, who = len(tensors), cfg.weights or [1.0] * len(tensors), cfg.models + [cfg.base]
-    flat = [x.reshape(-1) for x in [*tensors, *([] if base is None else [base])]]
-    if not flat[0].is_floating_point():
-        for x, model in zip(flat, who):
-            if not torch.equal(x, flat[0]):
-                die(f"{model}: tensor {name} holds integers unlike {who[0]}'s: make them equal, they have no average")
-        yield flat[0]
-        return
-    work = torch.float32 if all(x.dtype.itemsize == 2 for x in flat) else torch.float64
-    chunks = [slice(i, i + CHUNK) for i in range(0, flat[0].numel(), CHUNK)]
-    if cfg.method == "slerp":  # what needs the whole tensor
-        sums = sum((dots(flat[0][c], flat[1][c]) for c in chunks), torch.zeros(3).double())
-    elif cfg.method == "ties":
-        thresholds = [trim_threshold(lambda: (x[c].to(work) - flat[K][c].to(work) for c in chunks), cfg.density)
-                      for x in flat[:K]]
-    elif cfg.method == "dare_ties":
-        generators = [mask_generator(cfg.seed, key, name) for key in keys]
-    for c in chunks:
-        inputs = [x[c].to(work) for x in flat]
-        x, origin = inputs[:K], None if base is None else inputs[K]
-        for values, model in zip(inputs, who):
-            if not finite(values):
-                die(f"{model}: tensor {name} holds NaN or infinity: the checkpoint is broken; leave it out")
-        if cfg.method == "linear":
-            y = linear(x, weights, cfg.normalize)
-        elif cfg.method == "slerp":
-            y = slerp(*x, cfg.t, sums)
-        elif cfg.method == "ties":
-            y = ties(origin, x, weights, cfg.density, cfg.lam, cfg.normalize, thresholds)
-        else:
-            y = dare_ties(origin, x, weights, cfg.density, generators, cfg.lam, cfg.normalize)
-        if cfg.method == "slerp" or cfg.method == "linear" and cfg.normalize:  # equal parents come back bit for bit
-            y = x[0] if all(torch.equal(v.view(torch.uint8), x[0].view(torch.uint8)) for v in x) else y
-        if not finite(out := y.to(dtype)):
-            die(f"tensor {name}: merged values overflow {dtype}; choose smaller --weights or --lam, or --dtype float32")
-        if stats:
-            stats.add(x, y if base is None else origin, base is not None)
-        yield out
+    dev: str = ""  # search: rows that choose; SFT rows, scored by log-prob a token, or prompts with --reward_model
+    held_out: str = ""  # search: other rows, on which the choice is shown beside uniform weights and the best model
+    reward_model: str = ""  # search: score greedy answers to the prompts by this reward model instead
+    max_new_tokens: int = 48  # search with --reward_model: longest answer
+    worst: float = 1.0  # search: what the worst language's change against uniform weights counts, beside the mean
+    tries: int = 40  # search: merges to score at most, before the scan of lambda
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # refusals: what would make an average of weights meaningless
 
-def check_settings(cfg):
-    K, w = len(cfg.models), cfg.weights or [1.0]
+def numbers(flag, text):
+    """"0,0.5,1" -> [0.0, 0.5, 1.0]: a setting at even distances over the depth; mostly one number."""
+    try:
+        values = [float(x) for x in str(text).split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        die(f"--{flag} takes finite numbers, or several with commas for a run over the depth, got {text!r}")
+    return values
+
+
+def settings(cfg):
+    """Refuses what no checkpoint could mend. Returns weights (None: to be searched) and t, as lists over the depth."""
+    K, search = len(cfg.models), [str(w) for w in cfg.weights] == ["search"]
+    weights = None if search else [numbers("weights", w) for w in cfg.weights or [1.0] * K]
     for wrong, message in (
             (cfg.method not in USES, f"--method {cfg.method!r} is unknown; one of: {' '.join(USES)}"),
             (cfg.dtype not in OUTPUT, f"--dtype {cfg.dtype!r} is unknown; one of: {' '.join(OUTPUT)}"),
+            (cfg.trim not in ("tensor", "model"), f"--trim {cfg.trim!r} is unknown; one of: tensor model"),
             (K < 1, "--models needs at least one checkpoint folder"),
             (cfg.method == "slerp" and K != 2, f"--method slerp takes two --models, not {K}: merge two at a time"),
-            (cfg.weights and len(w) != K, f"--weights has {len(w)} values for {K} --models: one for each, or none"),
-            (not all(map(math.isfinite, [*w, cfg.t, cfg.lam])), "--weights, --t and --lam take finite numbers"),
-            (cfg.method == "slerp" and len(set(w)) > 1, "--method slerp mixes by --t; for weights a b: b / (a + b)"),
-            (cfg.normalize and abs(math.fsum(w)) <= 1e-9 * max(map(abs, w)),
-             f"--weights {' '.join(map(str, w))} sum to zero, nothing to divide by: change one, or --no-normalize"),
+            (weights and len(weights) != K, f"--weights has {len(weights or ())} values for {K} --models: one for each, "
+                                            "or none"),
+            (not math.isfinite(cfg.lam), "--lam takes a finite number"),
+            (cfg.threads < 0, "--threads takes a number of threads, or 0 for one a core"),
+            (cfg.method == "slerp" and (search or any(w != weights[0] for w in weights)),
+             "--method slerp mixes by --t; for weights a b: b / (a + b)"),
             (not 0 < cfg.density <= 1, f"--density {cfg.density} is outside (0, 1]: it is the share that is kept"),
             ("ties" in cfg.method and not cfg.base, f"--method {cfg.method} merges what training changed: give --base, "
-                                                    "the folder that all models were fine-tuned from")):
+                                                    "the folder that all models were fine-tuned from"),
+            (cfg.method == "linear" and cfg.lam != 1 and not cfg.base, "--lam goes from the base: give --base"),
+            (search and (cfg.method != "linear" or not cfg.normalize or not cfg.dev or not cfg.held_out),
+             "--weights search chooses the weights of a normalised linear merge on --dev rows and shows the result on "
+             "--held_out rows: give both files")):
         if wrong:
             die(message)
+    return weights, numbers("t", cfg.t)
+
+
+def check_sums(plan, given):
+    """Weights that sum to zero leave nothing to divide by, at any depth."""
+    for layer in (None, *range(plan.layers)) if plan.normalize and plan.method != "slerp" else ():
+        w, _ = plan.at(layer)
+        if abs(math.fsum(w)) <= 1e-9 * max(map(abs, w)):
+            die(f"--weights {' '.join(map(str, given))} sum to zero{'' if layer is None else f' in layer {layer}'}, nothing "
+                "to divide by: change one, or --no-normalize")
 
 
 def check_tensors(tables, who):
@@ -275,9 +132,13 @@ NEEDED = set("model_type architectures hidden_size num_hidden_layers num_attenti
              "use_qk_norm attention_bias sliding_window".split())
 
 
-def functional(config):
+def functional(config, where="config.json"):
     """The part of a config.json that changes what the weights compute, in one spelling for transformers 4 and 5."""
     c = {k: v for k, v in config.items() if v is not None and k not in NEUTRAL}
+    for key, kind in (("rope_scaling", dict), ("rope_parameters", dict), ("model_type", str), ("hidden_size", int),
+                      ("num_attention_heads", int)):
+        if key in c and not isinstance(c[key], kind):
+            die(f"{where}: {key} {c[key]!r} is no {kind.__name__}: it is damaged; copy it again")
     rope = {"rope_theta": c.pop("rope_theta", None), **c.pop("rope_scaling", {}), **c.pop("rope_parameters", {})}
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     tied = c.get("model_type", "").startswith(("cohere", "gemma"))
@@ -300,6 +161,8 @@ def check_tokenizers(folders):
     def parts(path):
         t = read_json(path)
         model = t.pop("model", None) or {}
+        if not isinstance(model, dict) or not isinstance(model.get("merges") or [], list):
+            die(f"{path}: its model is no JSON object with a list of merges: it is damaged; copy it again")
         merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []]
         return {**{k: v for k, v in t.items() if k not in ("padding", "truncation")}, **model, "merges": merges}
 
@@ -313,24 +176,14 @@ def check_tokenizers(folders):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints on disk
 
-def parent(folder):
+def parent(name):
     """A model's Checkpoint, without the second copy of a tied head that some folders hold: the merge has none."""
-    stored, head, embedding = Checkpoint(folder), "lm_head.weight", "model.embed_tokens.weight"
-    if functional(stored.config)["tie_word_embeddings"] and {head, embedding} <= stored.table.keys():
+    stored, head, embedding = Checkpoint(find(name)), "lm_head.weight", "model.embed_tokens.weight"
+    if functional(stored.config, stored.folder / "config.json")["tie_word_embeddings"] and {head, embedding} <= stored.table.keys():
         if not stored.same(head, embedding):
-            die(f"{folder}: tensor {head} differs from {embedding}, though config.json ties them; correct one")
+            die(f"{stored.folder}: tensor {head} differs from {embedding}, though config.json ties them; correct one")
         del stored.table[head]
     return stored
-
-
-def read(stored, name):
-    """A tensor, mapped: the system may drop its pages, and opened anew, so that they leave this process with it."""
-    with safe_open(stored.folder / stored.file[name], framework="pt") as f:
-        return f.get_tensor(name)
-
-
-def output_dtype(cfg, first):
-    return first if cfg.dtype == "auto" or not first.is_floating_point else getattr(torch, cfg.dtype)
 
 
 def mask_names(folders):
@@ -340,9 +193,82 @@ def mask_names(folders):
     return ["/".join(p[-n:]) for p in parts]
 
 
-def group_of(name):
-    groups = ("embed", "embedding"), ("attn", "attention"), ("mlp", "mlp"), ("norm", "norm"), ("head", "head")
-    return next((group for part, group in groups if part in name), "other")
+class Output:
+    """
+    The safetensors files of a merge: each opens with its whole header, then chunks arrive in any order and from any
+    thread. While one is being written its name says so: no file ever looks whole and is not.
+    """
+
+    def __init__(self, folder, layout):
+        """layout: file name -> {tensor: (shape, dtype)}, in the order of the data."""
+        self.place, self.open = {}, {}
+        for file, part in layout.items():
+            fd = self.open[folder / file] = os.open(folder / f"{file}.unfinished", os.O_WRONLY | os.O_CREAT, 0o666)
+            header = safetensors_header(part)
+            self.pwrite(fd, header, 0)
+            at = len(header)
+            for name, (shape, dtype) in part.items():
+                self.place[name] = fd, at
+                at += math.prod(shape) * dtype.itemsize
+            os.truncate(fd, at)
+
+    def pwrite(self, fd, data, at):
+        view = memoryview(data)
+        while view:
+            n = os.pwrite(fd, view, at)
+            view, at = view[n:], at + n
+
+    def __call__(self, name, begin, chunk):
+        fd, at = self.place[name]
+        self.pwrite(fd, chunk.view(torch.uint8).numpy(), at + begin * chunk.dtype.itemsize)
+
+    def close(self, whole):
+        """whole: everything was written, so that the files may have their names, once they are on the disk."""
+        for path, fd in self.open.items():
+            if whole:
+                os.fsync(fd)
+                os.rename(f"{path}.unfinished", path)
+            os.close(fd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a person wants to know before trusting it
+
+def table_of(report):
+    """The statistics of a report as a markdown table."""
+    names, first = report["names"], next(iter(report["groups"].values()))
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    show = lambda x, form: "-" if x is None else format(x, form)
+    head = ["tensors", "parameters", f"norm of each delta / norm of the {report['delta_to']}",
+            f"cosines of {report['cosine_of']}" if pairs else ""]
+    if "sign_conflicts" in first:
+        head += ["sign conflicts", "unchanged in training", "lost to rounding"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for group, g in report["groups"].items():
+        cells = [group, f"{g['parameters']:,}", " ".join(f"{d / (g['norm'] or 1):.2e}" for d in g["delta_norm"]),
+                 " ".join(show(g["cosine"][i][j], ".4f") for i, j in pairs)]
+        if "sign_conflicts" in first:
+            cells += [f"{g['sign_conflicts']:.1%}", " ".join(f"{u:.1%}" for u in g["unchanged"]),
+                      f"{g['rounded_away']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def card(report, title):
+    """README.md of the folder, as the hub expects a model card: metadata in YAML, then text."""
+    hub = [m for m in [*report["models"], *([report["base"]] if report["base"] else [])] if not Path(m).exists()]
+    yaml = ["library_name: transformers", "tags:", "- merge", "- nanoaya"]
+    if hub:  # the hub refuses names that are not its own
+        yaml = ["base_model:", *(f"- {json.dumps(m)}" for m in hub), "base_model_relation: merge", *yaml]
+    weights = report["settings"].get("weights", ["-"] * len(report["names"]))
+    shown = {k: v for k, v in report["settings"].items() if k != "weights"}
+    return "\n".join(["---", *yaml, "---", f"# {title}", "",
+                      f"A `{report['method']}` merge of {len(report['names'])} models, made with nanoaya's merge.py "
+                      f"(commit {report['commit']}).", "", "| model | weight |", "|---|---|",
+                      *(f"| {name} | {w} |" for name, w in zip(report["names"], weights)),
+                      *([f"| {report['base_name']} | base |"] if report["base"] else []), "",
+                      f"Settings: {', '.join(f'{k} {v}' for k, v in shown.items()) or 'none'}; dtype {report['dtype']}.",
+                      "", table_of(report), ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,24 +276,26 @@ def group_of(name):
 def main(cfg):
     # 1) refuse before any data is read: settings, configs, tokenizers, names and shapes
     begin, out, folders = time.time(), Path(cfg.out), cfg.models + ([cfg.base] if cfg.base else [])
-    check_settings(cfg)
-    torch.set_num_threads(1)  # chunks are too small to share between threads
+    weights, t = settings(cfg)
     if any(out.resolve() in [Path(m).resolve(), *Path(m).resolve().parents] for m in folders):
         die(f"--out {out} is, or holds, one of the models; give another folder")
     if out.exists() and not (cfg.overwrite and (out / "merge_report.json").exists()):
         die(f"--out {out} exists; give another folder, or --overwrite if it is an earlier merge")
-    parents = [parent(folder) for folder in folders]
+    parents = [parent(name) for name in folders]
     check_configs([p.config for p in parents], folders)
-    check_tokenizers(folders)
+    check_tokenizers([p.folder for p in parents])
     check_tensors([p.table for p in parents], folders)
-    for flag in ("weights", "density", "lam", "normalize", "t", "seed"):
+    for flag in ("weights", "density", "lam", "normalize", "t", "seed", "trim"):
         if flag not in USES[cfg.method] and getattr(cfg, flag) != getattr(Config(), flag):
             print(f"note: --{flag} has no effect on --method {cfg.method}")
-    cfg.weights = cfg.weights or [1.0] * len(cfg.models)
+    K, first = len(cfg.models), parents[0]
+    plan = Plan(cfg.method, parents[:K], weights or [[1.0]] * K, mask_names(cfg.models), parents[K] if cfg.base else None,
+                t, cfg.density, cfg.lam, cfg.seed, cfg.normalize, cfg.trim,
+                None if cfg.dtype == "auto" else getattr(torch, cfg.dtype))
+    check_sums(plan, cfg.weights)
 
     # 2) layout: the first model's files; in each the widest dtype first, so that every tensor is aligned
-    first, K, layout = parents[0], len(cfg.models), {}
-    table = {name: (shape, output_dtype(cfg, dtype)) for name, (shape, dtype) in first.table.items()}
+    table, layout = plan.table(), {}
     for name in sorted(table, key=lambda name: -table[name][1].itemsize):
         layout.setdefault(first.file[name], {})[name] = table[name]
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in table.values())
@@ -375,48 +303,60 @@ def main(cfg):
     if total > (free := shutil.disk_usage(disk).free):
         die(f"--out {out} needs {total / 1e9:.2f} GB, but {disk} has {free / 1e9:.2f} GB left")
 
-    # 3) stream: a file's header, then the chunks of each tensor as they are made
-    stats, keys, bar = {}, mask_names(cfg.models), progress(None, "merging", total)
+    # 3) --weights search: which weights, by scores on rows of every language
+    searched = None
+    if weights is None:
+        import merge_search  # here: it brings the model, sampling and the reward model, which no other merge needs
+        searched = merge_search.search(plan, cfg)
+        plan.weights, plan.lam = [[w] for w in searched["weights"]], searched["lam"]
+
+    # 4) stream
+    streaming, bar = time.time(), progress(None, "merging", total)
     bar.unit, bar.unit_scale = "B", True
     with atomic_dir(out) as folder:
         try:
-            for file, part in sorted(layout.items()):
-                with open(folder / file, "wb") as f:
-                    f.write(safetensors_header(part))
-                    for name, (_, dtype) in part.items():
-                        tensors, group = [read(p, name) for p in parents], stats.setdefault(group_of(name), Stats(K))
-                        base = tensors.pop() if cfg.base else None
-                        for chunk in merge_tensor(name, tensors, base, cfg, keys, dtype, group):
-                            f.write(chunk.view(torch.uint8).numpy())
-                            bar.update(chunk.nbytes)
+            files, whole = Output(folder, layout), False
+            try:
+                stats = merge_stream.merge(plan, files, cfg.threads, bar=bar)
+                whole = True
+            finally:
+                files.close(whole)
+            bar.close()
+            seconds = time.time() - streaming
 
-            # 4) last what makes the folder a checkpoint: index, tokenizer, config.json; then the report
+            # 5) last what makes the folder a checkpoint: index, tokenizer, config.json; then the report
             if list(layout) != ["model.safetensors"]:
                 write_index(folder, table, first.file)
             carry(first.folder, folder)
-            shutil.copyfile(first.folder / "config.json", folder / "config.json")
+            used = {"weights": [w if len(w) > 1 else w[0] for w in plan.weights], "t": t if len(t) > 1 else t[0],
+                    "lam": plan.lam}
+            report = {"method": cfg.method, "models": cfg.models, "names": plan.keys, "base": cfg.base or None,
+                      "base_name": Path(cfg.base).name, "dtype": cfg.dtype,
+                      "settings": {flag: used.get(flag, getattr(cfg, flag)) for flag in USES[cfg.method]},
+                      "delta_to": "base" if cfg.base else "merge", "cosine_of": "deltas" if cfg.base else "weights",
+                      "groups": {group: s.as_dict() for group, s in sorted(stats.items())}, "search": searched,
+                      "bytes": total, "seconds": time.time() - begin, "streaming_seconds": seconds, "argv": sys.argv,
+                      "commit": git_commit()}
+            (folder / "merge_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+            if report["groups"]:
+                (folder / "README.md").write_text(card(report, out.name), encoding="utf-8")
+            config = first.config
             if cfg.dtype != "auto":
-                stored = {key: cfg.dtype for key in ("dtype", "torch_dtype") if key in first.config}
-                config = {**first.config, **(stored or {"torch_dtype": cfg.dtype})}
+                stored = {key: cfg.dtype for key in ("dtype", "torch_dtype") if key in config}
+                config = {**config, **(stored or {"torch_dtype": cfg.dtype})}
+            if config == first.config:
+                shutil.copyfile(first.folder / "config.json", folder / "config.json")  # byte for byte
+            else:
                 (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-            groups = {group: s.as_dict() for group, s in sorted(stats.items()) if s.n}
-            report = {"method": cfg.method, "models": cfg.models, "base": cfg.base or None, "dtype": cfg.dtype,
-                      "settings": {flag: getattr(cfg, flag) for flag in USES[cfg.method]}, "mask_names": keys,
-                      "delta_to": "base" if cfg.base else "result", "cosine_of": "deltas" if cfg.base else "weights",
-                      "groups": groups, "bytes": total, "seconds": time.time() - begin, "commit": git_commit()}
-            (folder / "merge_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         except BaseException:  # refused halfway or interrupted: nothing stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    # 5) what a person wants to know before trusting it
-    print(f"{'group':<10} {'parameters':>13} | |delta| / |{report['delta_to']}| | cosines of {report['cosine_of']}")
-    for group, g in groups.items():
-        moved = " ".join(f"{d / (g['norm'] or 1):.2e}" for d in g["delta_norm"])
-        pairs = [g["cosine"][i][j] for i in range(K) for j in range(i + 1, K)]
-        cosines = " ".join("-" if c is None else f"{c:.4f}" for c in pairs)
-        print(f"{group:<10} {g['parameters']:>13,} | {moved} | {cosines}")
-    print(f"{out}: {cfg.method} of {K} models, {total / 1e9:.2f} GB in {time.time() - begin:.1f} s")
+    # 6) what a person wants to know before trusting it
+    print(table_of(report).replace("|---", "|-") if report["groups"] else "no tensor of numbers")
+    read = sum(math.prod(shape) * dtype.itemsize for p in parents for shape, dtype in p.table.values())
+    print(f"{out}: {cfg.method} of {K} models, {read / 1e9:.2f} GB read, {total / 1e9:.2f} GB written in {seconds:.1f} s "
+          f"({(read + total) / 1e9 / max(seconds, 1e-3):.2f} GB/s)")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.132
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from checkpoint import Checkpoint
-from common import atomic_dir, die, is_main
+from common import atomic_dir, barrier, die, is_main
 from config import LLAMA3, Config
 from kernels import attention, layernorm, rmsnorm, rope, swiglu, token_logps
 
@@ -363,6 +364,22 @@ def write_checkpoint(folder, model, source=None, dtype=None, architecture=None, 
         (folder / "config.json").write_text(model.cfg.to_json(architecture, stored, **extra), encoding="utf-8")
         if source:
             checkpoint.carry(source, folder)
+
+
+def keep_checkpoints(folder, percents, step, max_steps, model, source):
+    """
+    After training step `step` (1-based) of max_steps: folder/at-P, a checkpoint, for each of `percents` that is reached.
+    What merge.py averages with the last one: checkpoints of one run.
+    """
+    for percent in percents:
+        if not 0 < percent < 100:
+            die(f"--keep {percent}: a percent of the steps, 1 to 99; the last step is kept anyway")
+        if step == max(1, round(max_steps * percent / 100)):
+            path = Path(folder) / f"at-{percent}"
+            if is_main():
+                path.mkdir()
+            barrier()
+            write_checkpoint(path, model, source)
 
 
 def save(model, path, dtype=None, source=None):

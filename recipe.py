@@ -39,6 +39,7 @@ class Config:
     dry_run: bool = False  # print the commands, run nothing
     ranks: int = 1  # processes per training command (torchrun); the mini runs two commands side by side instead
     controls: bool = False  # also train the control that skips the offline stage (about a minute)
+    merge: str = "models"  # models (one a cluster) | checkpoints (and their runs' earlier ones) | search (for the weights)
     jobs: int = 2  # commands of one stage that run side by side; each gets cores / jobs threads
 
 
@@ -62,19 +63,37 @@ SMOKE = MINI | {
     "groups": {"west": ["western"], "east": ["asian"]}}
 
 
-def mini_plan(out, seed, sizes, ranks, preset, controls):
-    """[(stage, [[command, ...], ...])] for the miniature; `ranks` > 1 trains under torchrun."""
+KEPT = (50, 75)  # percents of a run at which --merge checkpoints keeps one: early ones of a cosine schedule are far off
+
+
+def keep_flag(how):
+    return f" --keep {' '.join(map(str, KEPT))}" if how == "checkpoints" else ""
+
+
+def merge_command(out, name, parts, base, data, how):
+    """The merge of a stage: uniform weights, over the models of `parts` or over all their kept checkpoints; or searched."""
+    if how == "checkpoints":
+        parts = [f"{part}{at}" for part in parts for at in (*(f"/at-{percent}" for percent in KEPT), "")]
+    searched = (f"--base {base} --weights search --dev {data}/merge_dev.jsonl --held_out {data}/merge_held_out.jsonl "
+                if how == "search" else "")
+    return (f"{PYTHON} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} {searched}--out {out}/{name} "
+            "--overwrite")
+
+
+def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
+    """[(stage, [[command, ...], ...])] for the miniature; `ranks` > 1 trains under torchrun. how: Config.merge."""
     train = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else PYTHON
     clusters = {c: CLUSTERS[c] for members in sizes["groups"].values() for c in members}
     groups = {g: " ".join(dict.fromkeys(l for c in members for l in CLUSTERS[c]))
               for g, members in sizes["groups"].items()}
     rounds = range(1, sizes["rounds"] + 1)
-    data, teachers = f"{out}/data", [f"teacher-{c}" for c in clusters]
+    data, teachers, keep = f"{out}/data", [f"teacher-{c}" for c in clusters], keep_flag(how)
     pool = " ".join(f"{out}/{t}" for t in teachers)
     rm_samples = " ".join(f"{out}/rm-samples/{m}.jsonl" for m in ["base", *clusters])
 
-    def merge(name, parts):
-        return f"{PYTHON} merge.py --models {' '.join(f'{out}/{p}' for p in parts)} --out {out}/{name} --overwrite"
+    def merge(name, start):
+        """The models of the groups, all of which were trained from `start`."""
+        return merge_command(out, name, [f"{name}-{g}" for g in groups], f"{out}/{start}", data, how)
 
     def evaluate(models, limit=""):
         return (f"{PYTHON} eval.py --model {' '.join(f'{out}/{m}' for m in models)} --tasks mini --data {data} "
@@ -111,12 +130,12 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
     for name, folder in (("sft", "arbitrage"), ("sft-single", "arbitrage-single")):
         stages.append((name, [
             [f"{train} train_sft.py --model {out}/base --data {out}/{folder}/sft.jsonl --languages {languages} "
-             f"--out {out}/{name}-{group} --seed {seed} {sizes['sft']}" for group, languages in groups.items()],
-            [merge(name, [f"{name}-{g}" for g in groups])]]))
+             f"--out {out}/{name}-{group} --seed {seed} {sizes['sft']}{keep}" for group, languages in groups.items()],
+            [merge(name, "base")]]))
     stages.append(("offline-dpo", [
         [f"{train} train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl --languages {languages} "
-         f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}" for group, languages in groups.items()],
-        [merge("offline-dpo", [f"offline-dpo-{g}" for g in groups])]]))
+         f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}{keep}" for group, languages in groups.items()],
+        [merge("offline-dpo", "sft")]]))
     policy = "offline-dpo"
     for number in rounds:
         name = f"online-{number}"
@@ -124,8 +143,8 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
         stages.append((name, [
             [f"{train} train_dpo.py --model {out}/{policy} --prompts {data}/online-{number}.jsonl "
              f"--languages {languages} --reward_model {out}/rm --out {out}/{name}-{group} "
-             f"--seed {seed + number} {sizes['online']}" for group, languages in groups.items()],
-            [merge(name, [f"{name}-{g}" for g in groups])],
+             f"--seed {seed + number} {sizes['online']}{keep}" for group, languages in groups.items()],
+            [merge(name, policy)],
             [f"{PYTHON} -m mini.best_of_k --completions {completions} --references {data}/references.jsonl "
              f"--out {out}/{name}-best-of-k.json"]]))
         policy = name
@@ -133,8 +152,8 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
         stages.append(("online-only", [
             [f"{train} train_dpo.py --model {out}/sft --prompts {data}/online.jsonl --languages {languages} "
              f"--reward_model {out}/rm --rounds {sizes['rounds']} --out {out}/online-only-{group} "
-             f"--seed {seed + 1} {sizes['online']}" for group, languages in groups.items()],
-            [merge("online-only", [f"online-only-{g}" for g in groups])]]))
+             f"--seed {seed + 1} {sizes['online']}{keep}" for group, languages in groups.items()],
+            [merge("online-only", "sft")]]))
     online = [f"online-{n}" for n in rounds]
     parts = [f"{stage}-{g}" for stage in ("sft", "offline-dpo", *online) for g in groups]
     main = ["base", "sft-single", "sft", "offline-dpo", *online, *(["online-only"] if controls else [])]
@@ -146,7 +165,7 @@ def mini_plan(out, seed, sizes, ranks, preset, controls):
     return stages
 
 
-def real_plan(preset):
+def real_plan(preset, how="models"):
     """The same pipeline for aya-expanse on 8 GPUs, with the data a user brings. Rates are ours: none are published."""
     base = f"checkpoints/aya-expanse-{preset}"
     rates = {"8b": ("2e-5", "5e-7"), "32b": ("1e-5", "3e-7")}[preset]
@@ -155,13 +174,12 @@ def real_plan(preset):
     sft = f"--batch_size 256 --micro_batch_size 4 --max_tokens 4096 --lr {rates[0]} --weight_decay 0 --epochs 1"
     dpo = f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr {rates[1]} --beta 0.1"
 
-    def per_cluster(stage, command):
-        parts = " ".join(f"{out}/{stage}-{c}" for c in clusters)
-        return [(stage, [[f"{train} {command(c)} --languages {languages} --out {out}/{stage}-{c}"
-                          for c, languages in clusters.items()],
-                         [f"python merge.py --models {parts} --out {out}/{stage}"]])]
+    def per_cluster(stage, start, command):
+        merged = merge_command(out, stage, [f"{stage}-{c}" for c in clusters], start, "data", how)
+        return [(stage, [[f"{train} {command(c)} --languages {languages} --out {out}/{stage}-{c}{keep_flag(how)}"
+                          for c, languages in clusters.items()], [merged]])]
 
-    stages = per_cluster("teacher", lambda c: f"train_sft.py --model {base} --data data/teacher.jsonl {sft}")
+    stages = per_cluster("teacher", base, lambda c: f"train_sft.py --model {base} --data data/teacher.jsonl {sft}")
     stages += [("rm", [[f"{train} train_rm.py --model {out}/teacher --pairs data/rm_pairs.jsonl --out {out}/rm "
                         f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr 5e-6 --weight_decay 0"],
                        [f"python reward.py --model {out}/rm --rows data/m_rewardbench.jsonl --audit "
@@ -169,13 +187,13 @@ def real_plan(preset):
                ("arbitrage", [[f"{train} arbitrage.py --prompts data/prompts.jsonl --teachers "
                                f"{' '.join(f'{out}/teacher-{c}' for c in clusters)} --reward_model {out}/rm "
                                f"--temperature 0.7 --max_new_tokens 1024 --out {out}/arbitrage"]])]
-    stages += per_cluster("sft", lambda c: f"train_sft.py --model {base} --data {out}/arbitrage/sft.jsonl {sft}")
-    stages += per_cluster("offline-dpo", lambda c: (
+    stages += per_cluster("sft", base, lambda c: f"train_sft.py --model {base} --data {out}/arbitrage/sft.jsonl {sft}")
+    stages += per_cluster("offline-dpo", f"{out}/sft", lambda c: (
         f"train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl {dpo}"))
     policy = "offline-dpo"
     for number in (1, 2, 3):
         start = policy
-        stages += per_cluster(f"online-{number}", lambda c: (
+        stages += per_cluster(f"online-{number}", f"{out}/{start}", lambda c: (
             f"train_dpo.py --model {out}/{start} --prompts data/online-{number}.jsonl --reward_model {out}/rm "
             f"--rounds 1 --samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"))
         policy = f"online-{number}"
@@ -247,10 +265,12 @@ def main(cfg):
     real = cfg.preset in ("8b", "32b")
     if not real and cfg.preset not in ("mini", "smoke"):
         die(f"unknown preset {cfg.preset!r}; known: mini smoke 8b 32b")
+    if cfg.merge not in ("models", "checkpoints", "search"):
+        die(f"unknown --merge {cfg.merge!r}; known: models checkpoints search")
     out = Path(cfg.out or f"out/{cfg.preset}")
     sizes = MINI if cfg.preset == "mini" else SMOKE
-    stages = (real_plan(cfg.preset) if real else
-              mini_plan(str(out), cfg.seed, sizes, cfg.ranks, cfg.preset, cfg.controls))
+    stages = (real_plan(cfg.preset, cfg.merge) if real else
+              mini_plan(str(out), cfg.seed, sizes, cfg.ranks, cfg.preset, cfg.controls, cfg.merge))
     names = [name for name, _ in stages]
     if cfg.until and cfg.until not in names:
         die(f"unknown stage {cfg.until!r}; the stages are {' '.join(names)}")

@@ -30,7 +30,7 @@ from chat import Chat
 from common import die, parse_config, print0
 from data import batch_order, encode_pairs, pad_batch, read_mixture, read_rows, write_rows
 from generate import complete
-from model import load, write_checkpoint
+from model import keep_checkpoints, load, write_checkpoint
 from reward import best_against_worst, load_reward_model, preference_row, score, usable
 
 
@@ -58,6 +58,7 @@ class Config:
     min_lr: float = 0.1  # floor of the cosine, as a share of --lr
     weight_decay: float = 0.0  # AdamW, matrices only
     clip: float = 1.0  # largest gradient norm
+    keep: list[int] = field(default_factory=list)  # percents of the (last round's) steps: also keep OUT/at-50 ...
     seed: int = 0  # of the order of the data and of the samples
     log_every: int = 20  # steps between lines on the console
 
@@ -194,6 +195,8 @@ def main(cfg):
                         rejected)]).double().cpu() / cfg.batch_size
                 lr = common.cosine_lr(step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
                 norm = common.optimizer_step(policy, optimizer, lr, cfg.clip)
+                if round_number == cfg.rounds or cfg.pairs:
+                    keep_checkpoints(folder, cfg.keep, step + 1, max_steps, policy, cfg.model)
                 # everything below is only logging
                 loss, accuracy, r_chosen, r_rejected, logp_chosen, logp_rejected = common.all_sum(totals).tolist()
                 log.step(step + 1, 2 * sum(lengths[i] for i in batch), **{

@@ -16,7 +16,7 @@ from chat import Chat
 from common import die, parse_config, print0
 from data import batch_order, drop_long, encode_sft, pack_batch, pad_batch, read_mixture
 from model import Config as ModelConfig
-from model import Transformer, load, write_checkpoint
+from model import Transformer, keep_checkpoints, load, write_checkpoint
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Config:
     min_lr: float = 0.1  # floor of the cosine, as a share of --lr
     weight_decay: float = 0.05  # AdamW, matrices only
     clip: float = 1.0  # largest gradient norm
+    keep: list[int] = field(default_factory=list)  # percents of the steps: also keep OUT/at-50 ..., for merge.py
     seed: int = 0  # of the order of the data (and of new weights)
     log_every: int = 20  # steps between lines on the console
 
@@ -109,6 +110,7 @@ def main(cfg):
                 total += loss.item()
             lr = common.cosine_lr(step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
             norm = common.optimizer_step(model, optimizer, lr, cfg.clip)
+            keep_checkpoints(folder, cfg.keep, step + 1, max_steps, model, source)
             # everything below is only logging
             log.step(step + 1, sum(lengths[i] for i in batch), loss=common.all_sum(total), grad_norm=norm, lr=lr)
         log.close()

@@ -6,6 +6,8 @@ Writes the files that the miniature's recipe reads, from the embedded dataset (m
     data/udhr.jsonl          text rows: UDHR articles 0-24, for the base model
     data/rm_prompts.jsonl    prompts of the split `rm` on which base and teachers are sampled for near misses
     data/rm_rows.jsonl       the same prompts with their references: what the reward model's pairs are made of
+    data/merge_dev.jsonl, data/merge_held_out.jsonl   the same rows in two halves, item by item, for merge.py's search for weights:
+                             no policy is trained on them
     data/arbitrage.jsonl     prompts of the split `prefer` for the pool of teachers: no references
     data/online-N.jsonl      fresh prompts of the split `prefer` for each online round: no references
     data/online.jsonl        the rounds' prompts in one file, for the control without the offline stage
@@ -66,11 +68,15 @@ def main(cfg):
     names = list(dict.fromkeys(item_of(r) for r in prefer))
     cut = round(len(names) * cfg.arbitrage_share)
     parts = [set(names[:cut])] + [set(names[cut:][r::cfg.rounds]) for r in range(cfg.rounds)]
+    items = list(dict.fromkeys(item_of(r) for r in rm))
+    dev = set(items[::2])
     with atomic_dir(out / "data") as data:
         write_rows(data / "base.jsonl", sft(teacher))
         write_rows(data / "udhr.jsonl", [{"language": r["language"], "text": r["text"]} for r in udhr])
         write_rows(data / "rm_prompts.jsonl", prompts(rm))
         write_rows(data / "rm_rows.jsonl", rm)
+        write_rows(data / "merge_dev.jsonl", sft(r for r in rm if item_of(r) in dev))
+        write_rows(data / "merge_held_out.jsonl", sft(r for r in rm if item_of(r) not in dev))
         write_rows(data / "references.jsonl", prefer)
         write_rows(data / "test.jsonl", test)
         for number, part in enumerate(parts):

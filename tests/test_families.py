@@ -280,11 +280,11 @@ import torch
 import checkpoint, common
 from model import load, save
 common.init_distributed()
-plain = checkpoint.Checkpoint._fill
-def count(self, f, chunk, name):
+plain = checkpoint.Checkpoint.pread
+def count(self, name, chunk, begin=0):
     asked.append(chunk.numel() * chunk.element_size())
-    return plain(self, f, chunk, name)
-checkpoint.Checkpoint._fill = count
+    return plain(self, name, chunk, begin)
+checkpoint.Checkpoint.pread = count
 for name in {names!r}:
     asked = []
     model = load({folder!r} + "/" + name, torch.float32, wrap=common.wrap)

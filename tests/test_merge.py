@@ -1,12 +1,11 @@
 """
-merge.py against numbers worked out by hand, a second implementation in numpy float64, invariances, broken inputs and
-kills. Run: python -m pytest tests/test_merge.py
+merge.py against numbers worked out by hand, a second implementation in numpy float64, invariances and refusals.
+Run: python -m pytest tests/test_merge.py        (kills, damaged files and memory: tests/test_merge_attack.py)
 """
 
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import merge  # noqa: E402
+import merge_methods as methods  # noqa: E402
+import merge_stream  # noqa: E402
 
 CONFIG = {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "vocab_size": 37, "hidden_size": 12,
           "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 20,
@@ -82,14 +83,6 @@ def refused(match, out, models, **settings):
     assert sorted(os.listdir(out.parent)) == before
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """merge.main takes one thread; the tests of other files get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def family(tmp_path):
     """A base and three models fine-tuned from it, bf16, the second one in three shards."""
@@ -145,7 +138,7 @@ def np_dare_ties(base, xs, ws, masks, density, lam=1.0, normalize=True):
 
 
 def mask(seed, model, name, shape, density):
-    return (torch.rand(shape, generator=merge.mask_generator(seed, model, name)) < density).numpy()
+    return methods.mask(seed, model, name, 0, math.prod(shape), density).view(shape).numpy()
 
 
 def rounded_once(got, want, dtype):
@@ -163,7 +156,7 @@ def rounded_once(got, want, dtype):
         {"weights": [1.0, 1.0, 1.0], "normalize": False}, {"weights": [1.0, -1.0, 0.5], "normalize": False})], ids=str)
 def test_every_method_against_numpy(tmp_path, monkeypatch, method, settings, dtype):
     """Whole merges of odd shapes, many chunks a tensor, against float64; the written value is the rounded one."""
-    monkeypatch.setattr(merge, "CHUNK", 64)
+    monkeypatch.setattr(merge_stream, "CHUNK", 64)
     base = state(0, dtype)
     states = [state(i, dtype, 0.02, base) for i in (1, 2, 3)]
     if method == "slerp":
@@ -197,11 +190,11 @@ def t(*values, dtype=torch.float32):
 
 
 def test_linear_by_hand():
-    assert merge.linear([t(1.0, 2.0), t(3.0, 6.0)], [1, 3]).tolist() == [2.5, 5.0]
-    assert merge.linear([t(1.0, 2.0), t(3.0, 6.0)], [1, 3], normalize=False).tolist() == [10.0, 20.0]
-    assert merge.linear([t(1.0), t(7.0)], [2, -1]).tolist() == [-5.0]
-    assert merge.linear([t(1.0), t(math.nan)], [2, 0]).tolist() == [1.0]
-    out = merge.linear([t(1.0, dtype=torch.bfloat16), t(1.0078125, dtype=torch.bfloat16)], [1, 1])
+    assert methods.linear([t(1.0, 2.0), t(3.0, 6.0)], [1, 3]).tolist() == [2.5, 5.0]
+    assert methods.linear([t(1.0, 2.0), t(3.0, 6.0)], [1, 3], normalize=False).tolist() == [10.0, 20.0]
+    assert methods.linear([t(1.0), t(7.0)], [2, -1]).tolist() == [-5.0]
+    assert methods.linear([t(1.0), t(math.nan)], [2, 0]).tolist() == [1.0]
+    out = methods.linear([t(1.0, dtype=torch.bfloat16), t(1.0078125, dtype=torch.bfloat16)], [1, 1])
     assert out.dtype == torch.float32 and out.item() == 1.00390625  # between two bf16 numbers: not rounded yet
 
 
@@ -210,31 +203,31 @@ def test_linear_rounds_once():
     g = torch.Generator().manual_seed(0)
     xs = [(torch.randn(200_000, generator=g) * 0.02).to(torch.bfloat16) for _ in range(3)]
     right = (sum(x.double() for x in xs) / 3).to(torch.bfloat16)
-    assert torch.equal(merge.linear(xs, [1, 1, 1]).to(torch.bfloat16), right)
+    assert torch.equal(methods.linear(xs, [1, 1, 1]).to(torch.bfloat16), right)
     assert (sum(x * (1 / 3) for x in xs) != right).float().mean() > 0.1
 
 
 def test_slerp_by_hand():
     root = math.sqrt(0.5)
-    torch.testing.assert_close(merge.slerp(t(1.0, 0.0), t(0.0, 1.0), 0.5), t(root, root))
-    torch.testing.assert_close(merge.slerp(t(1.0, 0.0), t(0.0, 1.0), 1 / 3), t(math.sqrt(3) / 2, 0.5))
+    torch.testing.assert_close(methods.slerp(t(1.0, 0.0), t(0.0, 1.0), 0.5), t(root, root))
+    torch.testing.assert_close(methods.slerp(t(1.0, 0.0), t(0.0, 1.0), 1 / 3), t(math.sqrt(3) / 2, 0.5))
     # lengths are left as they are: |a| 1, |b| 3, orthogonal, halfway -> (1, 3) / sqrt(2), of length sqrt(5)
-    out = merge.slerp(t(1.0, 0.0), t(0.0, 3.0), 0.5)
+    out = methods.slerp(t(1.0, 0.0), t(0.0, 3.0), 0.5)
     torch.testing.assert_close(out, t(root, 3 * root))
     assert out.norm().item() == pytest.approx(math.sqrt(5))
-    assert merge.slerp(t(2.0, 0.0), t(4.0, 0.0), 0.25).tolist() == [2.5, 0.0]  # parallel: lerp
-    assert merge.slerp(t(1.0, 0.0), t(-1.0, 0.0), 0.25).tolist() == [0.5, 0.0]  # antipodal: lerp too
-    assert merge.slerp(t(0.0, 0.0), t(2.0, 4.0), 0.5).tolist() == [1.0, 2.0]  # no angle: lerp
-    whole = merge.slerp(t([1.0, 2.0], [3.0, 4.0]), t([0.0, 1.0], [-1.0, 0.5]), 0.4)  # a matrix is one vector
-    torch.testing.assert_close(whole.flatten(), merge.slerp(t(1.0, 2.0, 3.0, 4.0), t(0.0, 1.0, -1.0, 0.5), 0.4))
+    assert methods.slerp(t(2.0, 0.0), t(4.0, 0.0), 0.25).tolist() == [2.5, 0.0]  # parallel: lerp
+    assert methods.slerp(t(1.0, 0.0), t(-1.0, 0.0), 0.25).tolist() == [0.5, 0.0]  # antipodal: lerp too
+    assert methods.slerp(t(0.0, 0.0), t(2.0, 4.0), 0.5).tolist() == [1.0, 2.0]  # no angle: lerp
+    whole = methods.slerp(t([1.0, 2.0], [3.0, 4.0]), t([0.0, 1.0], [-1.0, 0.5]), 0.4)  # a matrix is one vector
+    torch.testing.assert_close(whole.flatten(), methods.slerp(t(1.0, 2.0, 3.0, 4.0), t(0.0, 1.0, -1.0, 0.5), 0.4))
     for cosine, lerp in ((0.9996, True), (0.9994, False)):  # the border
         a, b = t(1.0, 0.0, dtype=torch.float64), t(cosine, math.sqrt(1 - cosine ** 2), dtype=torch.float64) * 2
-        assert (merge.slerp(a, b, 0.5) == 0.5 * a + 0.5 * b).all().item() == lerp
+        assert (methods.slerp(a, b, 0.5) == 0.5 * a + 0.5 * b).all().item() == lerp
 
 
 def test_slerp_ends():
     a, b = t(-0.0, 0.3, 1.7), t(2.0, -0.1, -0.0)
-    for x, y in ((merge.slerp(a, b, 0.0), a), (merge.slerp(a, b, 1.0), b)):
+    for x, y in ((methods.slerp(a, b, 0.0), a), (methods.slerp(a, b, 1.0), b)):
         assert torch.equal(x.view(torch.int32), y.view(torch.int32))
 
 
@@ -245,27 +238,27 @@ def test_ties_by_hand():
     """
     base = t(10.0, 20.0, 30.0, 40.0)
     xs = [base + t(4.0, -3.0, 1.0, 2.0), base + t(-1.0, -2.0, 5.0, -2.0), base + t(3.0, 1.0, -2.0, -1.0)]
-    assert merge.ties(base, xs, [1, 1, 1], 0.5).tolist() == [13.5, 17.5, 35.0, 38.0]
-    assert merge.ties(base, xs, [1, 1, 1], 0.5, lam=2.0).tolist() == [17.0, 15.0, 40.0, 36.0]
-    assert merge.ties(base, xs, [1, 1, 1], 0.5, normalize=False).tolist() == [17.0, 15.0, 35.0, 38.0]
+    assert methods.ties(base, xs, [1, 1, 1], 0.5).tolist() == [13.5, 17.5, 35.0, 38.0]
+    assert methods.ties(base, xs, [1, 1, 1], 0.5, lam=2.0).tolist() == [17.0, 15.0, 40.0, 36.0]
+    assert methods.ties(base, xs, [1, 1, 1], 0.5, normalize=False).tolist() == [17.0, 15.0, 35.0, 38.0]
     # weights 1 1 3: the third outvotes the second on the third element (5 - 6 < 0); first: (4 + 9) / 4
-    assert merge.ties(base, xs, [1, 1, 3], 0.5).tolist() == [13.25, 17.5, 28.0, 38.0]
+    assert methods.ties(base, xs, [1, 1, 3], 0.5).tolist() == [13.25, 17.5, 28.0, 38.0]
     # density 1 keeps all: sums 6, -4, 4, -1; means 7/2, -5/2, (1 + 5)/2, (-2 - 1)/2
-    assert merge.ties(base, xs, [1, 1, 1], 1.0).tolist() == [13.5, 17.5, 33.0, 38.5]
+    assert methods.ties(base, xs, [1, 1, 1], 1.0).tolist() == [13.5, 17.5, 33.0, 38.5]
 
 
 def test_ties_elects_by_mass_not_votes_and_plus_on_zero():
     base = t(0.0, 0.0)
     xs = [t(-5.0, 2.0), t(2.0, -2.0), t(2.0, 0.0)]
-    assert merge.ties(base, xs, [1, 1, 1], 1.0).tolist() == [-5.0, 2.0]  # two of three vote +, the mass is -; 0 is +
+    assert methods.ties(base, xs, [1, 1, 1], 1.0).tolist() == [-5.0, 2.0]  # two of three vote +, the mass is -; 0 is +
 
 
 def test_ties_keeps_the_largest_always_one():
     base, x = torch.zeros(10), torch.arange(1.0, 11.0)
     for density, kept in ((0.01, 1), (0.1, 1), (0.25, 2), (0.5, 5), (1.0, 10)):
-        assert (merge.ties(base, [x], [1.0], density) != 0).sum() == kept
+        assert (methods.ties(base, [x], [1.0], density) != 0).sum() == kept
     tied = t(1.0, 1.0, 1.0, 2.0)
-    assert merge.ties(torch.zeros(4), [tied], [1.0], 0.5).tolist() == tied.tolist()  # all that tie with the k-th stay
+    assert methods.ties(torch.zeros(4), [tied], [1.0], 0.5).tolist() == tied.tolist()  # all that tie with the k-th stay
 
 
 def test_trim_threshold_is_the_kth_magnitude():
@@ -277,24 +270,21 @@ def test_trim_threshold_is_the_kth_magnitude():
         ordered = x.abs().sort(descending=True).values
         for k in {1, min(2, len(x)), max(1, len(x) // 3), max(1, len(x) // 2), max(1, len(x) - 1), len(x)}:
             density = (k + 0.5) / len(x) if k < len(x) else 1.0
-            assert merge.trim_threshold(lambda: x.split(997), density) == ordered[k - 1].item()
-    assert merge.trim_threshold(lambda: [torch.zeros(0)], 0.5) == 0.0
+            assert methods.trim_threshold(lambda: x.split(997), density) == ordered[k - 1].item()
+    assert methods.trim_threshold(lambda: [torch.zeros(0)], 0.5) == 0.0
 
 
 def test_dare_by_hand():
-    g = merge.mask_generator(0, "a", "w")
-    delta = torch.arange(1.0, 9.0)
-    out = merge.dare(delta, 0.25, g)
-    kept = torch.from_numpy(mask(0, "a", "w", (8,), 0.25))
-    assert out.tolist() == [d * 4 if k else 0.0 for d, k in zip(delta.tolist(), kept.tolist())]
-    assert merge.dare(delta, 1.0, g).tolist() == delta.tolist()
+    delta, kept = torch.arange(1.0, 9.0), t(1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0)
+    assert methods.dare(delta, 0.25, kept).tolist() == [4.0, 0.0, 0.0, 16.0, 0.0, 24.0, 28.0, 0.0]
+    assert methods.mask(0, "a", "w", 0, 8, 1.0).tolist() == [1.0] * 8
 
 
 def test_dare_ties_has_no_second_trim():
     """Density 1 drops nothing: all deltas count, small ones too."""
     base, xs = torch.zeros(4), [t(1.0, 2.0, 3.0, -4.0), t(3.0, 2.0, -1.0, -2.0)]
-    gs = [merge.mask_generator(0, m, "w") for m in "ab"]
-    assert merge.dare_ties(base, xs, [1, 1], 1.0, gs).tolist() == [2.0, 2.0, 3.0, -3.0]
+    masks = [methods.mask(0, m, "w", 0, 4, 1.0) for m in "ab"]
+    assert methods.dare_ties(base, xs, [1, 1], 1.0, masks).tolist() == [2.0, 2.0, 3.0, -3.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,13 +294,13 @@ def test_dare_keeps_the_stated_share_and_is_unbiased():
     """n draws: keep rate within 5 standard errors of density, mean of the output within 5 of the delta's."""
     n = 400_000
     for density in (0.1, 0.3, 0.53, 0.9):
-        out = merge.dare(torch.ones(n), density, merge.mask_generator(7, "m", f"w{density}"))
+        out = methods.dare(torch.ones(n), density, methods.mask(7, "m", f"w{density}", 0, n, density))
         rate = (out != 0).double().mean().item()
         error = math.sqrt(density * (1 - density) / n)
         assert abs(rate - density) < 5 * error
         assert abs(out.double().mean().item() - 1) < 5 * error / density
         assert set(out.unique().tolist()) == {0.0, t(1.0).div(density).item()}  # 1 / density, not a ratio of norms
-    few = torch.stack([merge.dare(t(1.0, -2.0), 0.5, merge.mask_generator(s, "m", "w")) for s in range(4000)])
+    few = torch.stack([methods.dare(t(1.0, -2.0), 0.5, methods.mask(s, "m", "w", 0, 2, 0.5)) for s in range(4000)])
     assert (few.mean(0) - t(1.0, -2.0)).abs().max() < 0.16  # small tensors too: 5 standard errors of the larger
 
 
@@ -322,6 +312,8 @@ def test_dare_masks_are_independent():
     for i, x in enumerate(keys):
         for y in keys[:i]:
             assert abs((masks[x] == masks[y]).float().mean().item() - 0.5) < 0.01, (x, y)
+    for lag in range(1, 9):  # nor are neighbours, eight of which come from one step of the generator
+        assert abs((masks[keys[0]][lag:] == masks[keys[0]][:-lag]).float().mean().item() - 0.5) < 0.01, lag
     # weights that were made with manual_seed(7) are not correlated with the masks of seed 7
     made = torch.rand(n, generator=torch.Generator().manual_seed(7))
     assert abs(np.corrcoef(made, mask(7, "a", "w", (n,), 0.5))[0, 1]) < 0.02
@@ -341,8 +333,27 @@ def test_dare_mask_depends_on_seed_model_and_tensor_only(family, monkeypatch):
     (family / "deep" / "a").symlink_to(family / "a")
     same(run(family / "o4", [family / "deep" / "a", family / "b"], weights=[1.0, 2.0], **base))
     same(run(family / "o5", [family / "a", family / "b"], weights=[1.0, 2.0], seed=1, **base), equal=False)
-    monkeypatch.setattr(merge, "CHUNK", 7)
+    monkeypatch.setattr(merge_stream, "CHUNK", 7)
     same(run(family / "o6", [family / "a", family / "b"], weights=[1.0, 2.0], **base))
+
+
+def test_mask_of_a_chunk_is_that_part_of_the_whole():
+    """For every place and length, across the eights that the generator makes at once; 0.1 of a word is its low end."""
+    whole = methods.mask(3, "m", "w", 0, 100, 0.3)
+    for begin in range(0, 40):
+        for end in (begin, begin + 1, begin + 7, begin + 8, begin + 9, 100):
+            assert torch.equal(methods.mask(3, "m", "w", begin, end, 0.3), whole[begin:end]), (begin, end)
+    # past 2**32 elements as well: an embedding of 256,000 x 8192 has 2**31, and nothing is counted in 32 bits
+    far = 1 << 40
+    assert torch.equal(methods.mask(3, "m", "w", far + 5, far + 50, 0.3), methods.mask(3, "m", "w", far, far + 50, 0.3)[5:])
+    few = methods.mask(3, "m", "w", 0, 100, 1e-12)  # rounds to one of 2**32, never to none
+    assert few.sum() == 0 and (whole >= methods.mask(3, "m", "w", 0, 100, 0.2)).all()  # smaller density: a subset
+
+
+def test_masks_stay_what_they_are():
+    """The same words in every version: a merge can be made again. Philox4x64 with this key, worked out once."""
+    got = methods.mask(0, "aya", "model.norm.weight", 0, 32, 0.5)
+    assert "".join(str(int(x)) for x in got) == "11010101000010011001001011110000"
 
 
 def test_mask_names():
@@ -404,7 +415,7 @@ def test_chunks_and_shards_do_not_matter(family, monkeypatch, method):
     models = [family / "a", family / "b"]
     settings = dict(method=method, base=family / "base", **METHODS[method])
     one = run(family / "o1", models, **settings)
-    monkeypatch.setattr(merge, "CHUNK", 5)
+    monkeypatch.setattr(merge_stream, "CHUNK", 5)
     same_bits(run(family / "o2", models, **settings), one)
     for name, shards in (("a", 1), ("b", 2), ("base", 3)):
         write(family / "again" / name, read(family / name), shards=shards)
@@ -463,8 +474,10 @@ def test_what_is_carried_and_reported(family):
     assert index["metadata"]["total_size"] == 2 * sum(math.prod(s) for s in SHAPES.values())
     report = json.loads((family / "out" / "merge_report.json").read_text())
     assert report["method"] == "ties" and report["delta_to"] == "base" and report["cosine_of"] == "deltas"
-    assert report["settings"] == {"weights": [1.0, 1.0, 2.0], "density": 0.5, "lam": 1.0, "normalize": True}
-    assert report["groups"].keys() == {"embedding", "attention", "mlp", "norm"}
+    assert report["settings"] == {"weights": [1.0, 1.0, 2.0], "density": 0.5, "lam": 1.0, "normalize": True,
+                                  "trim": "tensor"}
+    assert report["groups"].keys() == {"embedding", "attention", "mlp", "norm", "all"}
+    assert report["groups"]["all"]["parameters"] == sum(map(math.prod, SHAPES.values()))
     base, xs = read(family / "base"), [read(family / n) for n in "abc"]
     names = [n for n in SHAPES if "mlp" in n]
     flat = [np.concatenate([(x[n].double() - base[n].double()).flatten().numpy() for n in names]) for x in xs]
@@ -479,8 +492,8 @@ def test_what_is_carried_and_reported(family):
 def test_report_without_a_base_and_without_a_delta(family):
     got = run(family / "out", [family / "a", family / "b"])
     report = json.loads((family / "out" / "merge_report.json").read_text())
-    assert report["delta_to"] == "result" and report["cosine_of"] == "weights"
-    assert report["settings"] == {"weights": [1.0, 1.0], "normalize": True}
+    assert report["delta_to"] == "merge" and report["cosine_of"] == "weights"
+    assert report["settings"] == {"weights": [1.0, 1.0], "normalize": True, "lam": 1.0}
     a, b, out = (torch.cat([x[n].double().flatten() for n in SHAPES if n.endswith("norm.weight")])
                  for x in (read(family / "a"), read(family / "b"), got))
     norm = report["groups"]["norm"]
@@ -625,15 +638,15 @@ def test_tensors_that_do_not_fit_refused(family):
 @pytest.mark.parametrize("method", METHODS)
 def test_values_that_are_not_finite_refused(family, method, bad, monkeypatch):
     """In any model, weight 0 and the base included; also in the last chunk."""
-    monkeypatch.setattr(merge, "CHUNK", 50)
+    monkeypatch.setattr(merge_stream, "CHUNK", 50)
     a = read(family / "a")
     a["model.layers.0.mlp.up_proj.weight"][19, 11] = bad
     broken = write(family / "broken", a)
     settings = dict(method=method, base=family / "base", **METHODS[method])
-    refused("broken: |up_proj|NaN or infinity", family / "out", [family / "c", broken], **settings)
-    refused("broken: ", family / "out", [family / "c", family / "b"], **{**settings, "base": broken})
+    refused("broken/model.safetensors: |up_proj|NaN or infinity", family / "out", [family / "c", broken], **settings)
+    refused("broken/model.safetensors: ", family / "out", [family / "c", family / "b"], **{**settings, "base": broken})
     if method == "linear":
-        refused("broken: ", family / "out", [family / "c", broken], weights=[1.0, 0.0])
+        refused("broken/model.safetensors: ", family / "out", [family / "c", broken], weights=[1.0, 0.0])
 
 
 def test_large_values_are_not_infinite(tmp_path):
@@ -650,7 +663,7 @@ def test_overflow_of_the_output_refused(tmp_path):
 
 def test_broken_folders_refused(family):
     out, good = family / "out", family / "a"
-    refused("nowhere|not found|hf download", out, [good, family / "nowhere"])
+    refused("nowhere|not found|hub name", out, [good, family / "nowhere"])
     index, shard = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 
     def broken(name, change):
@@ -701,6 +714,150 @@ def test_existing_output(family):
     refused("exists", family / "out", [family / "a", write(family / "bad", {"model.w": torch.ones(1)})])
     same_bits(read(family / "out"), after)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# settings that run over the depth, trimming over the model, lambda
+
+def test_gradient_by_hand():
+    """Values at even distances over the layers; outside the layers the first, as in mergekit."""
+    g = methods.gradient
+    assert [g([0.0, 0.5, 1.0], layer, 5) for layer in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [g([0.0, 1.0, 0.0], layer, 4) for layer in range(4)] == pytest.approx([0.0, 2 / 3, 2 / 3, 0.0])
+    assert g([0.3, 0.7], None, 5) == 0.3 and g([0.3, 0.7], 4, 5) == 0.7  # the ends exactly
+    assert g([0.3], 2, 5) == 0.3 and g([0.3, 0.9], 0, 1) == 0.3
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
+def test_settings_over_the_depth(family, method):
+    """Layer 0 gets the first value, layer 1 (the last) the last, the rest the first: as merges with these values have."""
+    models, base = [family / "a", family / "b"], dict(base=family / "base", density=0.5, method=method)
+    runs = {"t": ("0.2,0.9", "0.2", "0.9")} if method == "slerp" else {
+        "weights": (["1,0.5", "0,2"], [1.0, 0.0], [0.5, 2.0])}
+    (flag, (both, first, last)), = runs.items()
+    got, begin, end = (run(family / f"o{i}", models, **{**base, flag: value})
+                       for i, value in enumerate((both, first, last)))
+    for name, x in got.items():
+        want = end if ".layers.1." in name else begin
+        assert torch.equal(x, want[name]), name
+    assert not torch.equal(begin["model.norm.weight"], end["model.norm.weight"])
+    settings = json.loads((family / "o0" / "merge_report.json").read_text())["settings"]
+    assert settings[flag] == ([0.2, 0.9] if method == "slerp" else [[1.0, 0.5], [0.0, 2.0]])
+
+
+def test_weights_that_cancel_in_one_layer_refused(family):
+    refused("--weights|sum to zero in layer 1", family / "out", [family / "a", family / "b"], weights=["1,1", "1,-1"])
+    refused("--weights|sum to zero, nothing", family / "out", [family / "a", family / "b"], weights=["1,1", "-1,1"])
+    assert run(family / "out", [family / "a", family / "b"], weights=["1,1", "1,-1"], normalize=False)
+
+
+def np_ties_whole(base, models, density, lam=1.0):
+    """TIES as its authors run it: the deltas of all tensors in one vector, trimmed together, in float64."""
+    names = sorted(base)
+    flat = lambda tensors: np.concatenate([tensors[n].double().numpy().ravel() for n in names])
+    b = flat(base)
+    merged = b + lam * np_elect([np_trim(flat(m) - b, density) for m in models], [1] * len(models))
+    out, at = {}, 0
+    for n in names:
+        out[n] = merged[at:at + base[n].numel()].reshape(base[n].shape)
+        at += base[n].numel()
+    return out
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_trimming_over_the_whole_model(tmp_path, monkeypatch, density, dtype):
+    """One threshold a model: tensors that moved little lose more. Chunks, spans and groups of tensors do not matter."""
+    base = state(0, dtype)
+    models = [state(i, dtype, 0.02, base) for i in (1, 2, 3)]
+    for i, m in enumerate(models):  # one tensor moved ten times as far: by tensor and over the model differ much
+        m["model.norm.weight"] = (base["model.norm.weight"].float() * (1 + 0.5 * (i + 1))).to(dtype)
+    folders = [write(tmp_path / f"m{i}", m) for i, m in enumerate(models)]
+    write(tmp_path / "base", base)
+    settings = dict(method="ties", base=tmp_path / "base", density=density, trim="model", lam=0.8)
+    got = run(tmp_path / "out", folders, **settings)
+    for name, want in np_ties_whole(base, models, density, 0.8).items():
+        rounded_once(got[name], want, dtype)
+    monkeypatch.setattr(merge_stream, "CHUNK", 7)
+    monkeypatch.setattr(merge_stream, "SPAN", 21)
+    monkeypatch.setattr(merge_stream, "GROUP", 100)
+    same_bits(run(tmp_path / "small", folders, **settings), got)
+    by_tensor = run(tmp_path / "tensor", folders, **{**settings, "trim": "tensor"})
+    assert density == 1.0 or any(not torch.equal(got[n], by_tensor[n]) for n in got)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["settings"]["trim"] == "model"
+
+
+def test_spans_threads_and_groups_do_not_matter(family, monkeypatch):
+    for method in METHODS:
+        settings = dict(method=method, base=family / "base", **METHODS[method])
+        one = run(family / f"{method}-1", [family / "a", family / "b"], threads=1, **settings)
+        with monkeypatch.context() as m:
+            for name, value in (("CHUNK", 8), ("SPAN", 24), ("GROUP", 30)):
+                m.setattr(merge_stream, name, value)
+            same_bits(run(family / f"{method}-7", [family / "a", family / "b"], threads=7, **settings), one)
+        reports = [json.loads((family / f"{method}-{n}" / "merge_report.json").read_text())["groups"] for n in (1, 7)]
+        for group, a in reports[0].items():
+            b = reports[1][group]
+            assert a["parameters"] == b["parameters"] and a["sign_conflicts"] == pytest.approx(b["sign_conflicts"])
+            np.testing.assert_allclose(a["delta_norm"], b["delta_norm"], rtol=1e-5)
+
+
+def test_lambda_of_a_linear_merge(family):
+    """theta_0 + lambda (merge - theta_0): 0 is the base, 1 the merge, and past it."""
+    models, base = [family / "a", family / "b"], family / "base"
+    same_bits(run(family / "l0", models, base=base, lam=0.0), read(base))
+    same_bits(run(family / "l1", models, base=base, lam=1.0), run(family / "plain", models))
+    got, (a, b, b0) = run(family / "l", models, base=base, lam=1.25), (read(f) for f in (*models, base))
+    for name, x in got.items():
+        origin = b0[name].double().numpy()
+        want = origin + 1.25 * (np_linear([a[name].double().numpy(), b[name].double().numpy()], [1, 1]) - origin)
+        rounded_once(x, want, torch.bfloat16)
+    refused("--lam|--base", family / "out", models, lam=0.5)
+    again = run(family / "hand", [*models, base], weights=[0.5 * 1.25, 0.5 * 1.25, 1 - 1.25])  # the same, as weights
+    assert all(torch.allclose(again[n].float(), got[n].float(), rtol=2 ** -7, atol=1e-6) for n in got)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what it says
+
+def test_statistics_against_numpy(family, monkeypatch):
+    """With a base: norms, cosines, conflicts, what bf16 swallowed in training and in the merge; over many chunks."""
+    monkeypatch.setattr(merge_stream, "CHUNK", 40)
+    g, base = torch.Generator().manual_seed(5), read(family / "base")
+    small = [write(family / f"s{i}", {n: (x.float() + 2e-4 * torch.randn(x.shape, generator=g)).to(x.dtype)
+                                      for n, x in base.items()}) for i in range(3)]  # near the grid of bf16
+    for method, settings in (("linear", {"weights": [1.0, 2.0, 1.0]}), ("ties", {"density": 0.7, "lam": 0.4})):
+        got = run(family / method, small, method=method, base=family / "base", **settings)
+        stats = json.loads((family / method / "merge_report.json").read_text())["groups"]["all"]
+        flat = lambda tensors: np.concatenate([tensors[n].double().numpy().ravel() for n in SHAPES])
+        b, y = flat(base), flat(got)
+        d = [flat(read(s)) - b for s in small]
+        np.testing.assert_allclose(stats["norm"], np.linalg.norm(b), rtol=1e-5)
+        np.testing.assert_allclose(stats["delta_norm"], [np.linalg.norm(x) for x in d], rtol=1e-5)
+        np.testing.assert_allclose(stats["unchanged"], [(x == 0).mean() for x in d], rtol=1e-6)
+        conflicts = (np.max(d, 0) > 0) & (np.min(d, 0) < 0)
+        np.testing.assert_allclose(stats["sign_conflicts"], conflicts.mean(), rtol=1e-6)
+        if method == "linear":
+            tau = (d[0] + 2 * d[1] + d[2]) / 4
+        else:
+            tau = 0.4 * np_elect([np.concatenate([np_trim(part, 0.7) for part in np.split(x, np.cumsum(
+                [math.prod(s) for s in SHAPES.values()])[:-1])]) for x in d], [1, 1, 1])
+        lost = (tau != 0) & (y == b)
+        assert 0.05 < lost.mean() < 0.9
+        np.testing.assert_allclose(stats["rounded_away"], lost.mean(), atol=2e-3)  # fp32 sums may cancel to 0
+
+
+def test_model_card(family):
+    """YAML between two lines of ---, hub names only as base_model; parents, method, settings and table in the text."""
+    run(family / "aya-merged", [family / "a", family / "b"], method="ties", base=family / "base", weights=[1.0, 3.0],
+        density=0.3, seed=4)
+    text = (family / "aya-merged" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: transformers\ntags:\n- merge\n- nanoaya\n---\n# aya-merged\n")
+    for part in ("`ties` merge of 2 models", "| a | 1.0 |", "| b | 3.0 |", "| base | base |", "density 0.3", "dtype auto",
+                 "| embedding | 444 |", "sign conflicts"):
+        assert part in text, part
+    assert str(family) not in text  # where the folders lay is nobody's business
+    report = {**json.loads((family / "aya-merged" / "merge_report.json").read_text()), "models": ["org/x", str(family)]}
+    assert merge.card(report, "y").startswith('---\nbase_model:\n- "org/x"\nbase_model_relation: merge\nlibrary_name:')
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # as a program
@@ -726,75 +883,3 @@ def test_command_line(family, method):
 def test_command_line_error(family):
     done = command("--models", family / "a", family / "b", "--weights", 1, -1, "--out", family / "out")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import merge
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-whole, n = merge.merge_tensor, [0]
-def counted(*args, **kwargs):
-    n[0] += 1
-    if n[0] == {after}:
-        {how}
-    yield from whole(*args, **kwargs)
-merge.merge_tensor = counted
-merge.main(merge.parse_config(merge.Config))
-"""
-
-
-@pytest.mark.parametrize("how,after,leaves_nothing", [
-    ("os.kill(os.getpid(), signal.SIGKILL)", 1, False), ("os.kill(os.getpid(), signal.SIGKILL)", 4, False),
-    ("os.kill(os.getpid(), signal.SIGINT)", 3, True), ("raise OSError(28, 'No space left on device')", 6, True)])
-def test_interrupted_between_tensors(family, how, after, leaves_nothing):
-    """No folder of that name, nothing beside it that looks whole; run again, it finishes."""
-    args = ["--models", family / "a", family / "b", "--out", family / "out"]
-    done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT), after=after, how=how), *map(str, args)],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and not (family / "out").exists()
-    if "28" in how:
-        assert done.stderr.startswith("error: ") and "No space left" in done.stderr and done.stderr.count("\n") == 1
-    left = [p for p in family.iterdir() if p.name not in ("a", "b", "c", "base")]
-    assert all(p.name.startswith(".out") and not (p / "config.json").exists() for p in left)
-    assert not (left and leaves_nothing)
-    again = run(family / "out", [family / "a", family / "b"])
-    assert sorted(p.name for p in family.iterdir()) == ["a", "b", "base", "c", "out"]
-    same_bits(again, run(family / "other", [family / "a", family / "b"]))
-
-
-def test_memory_is_a_few_of_the_largest_tensors(tmp_path):
-    """
-    TIES of three models and a base of 4 tensors of 32 MB: resident are the pages of one tensor of each of the four,
-    which the system may drop, and besides them less than 48 MB, far from the 67 MB of one tensor in fp32.
-    """
-    n = 16 << 20
-    for i in range(4):
-        x = torch.randn(n // 8, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16).repeat(8)
-        write(tmp_path / str(i), {f"model.layers.{j}.w": x.clone() for j in range(4)})
-    probe = """
-import sys, threading, time
-sys.path.insert(0, {root!r})
-import merge
-def now(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status", encoding="utf-8") if line.startswith(key)) * 1024
-peak = {{}}
-def watch():
-    while True:
-        for key in ("RssAnon", "VmRSS"):
-            peak[key] = max(peak.get(key, 0), now(key))
-        time.sleep(0.002)
-start = {{key: now(key) for key in ("RssAnon", "VmRSS")}}
-threading.Thread(target=watch, daemon=True).start()
-merge.main(merge.parse_config(merge.Config))
-print(*(peak[key] - start[key] for key in ("RssAnon", "VmRSS")))
-"""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs /proc")
-    done = subprocess.run([sys.executable, "-c", probe.format(root=str(ROOT)), "--method", "ties", "--models",
-                           *(str(tmp_path / str(i)) for i in range(3)), "--base", str(tmp_path / "3"), "--density",
-                           "0.5", "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    anonymous, resident = map(int, done.stdout.splitlines()[-1].split())
-    assert anonymous < 48e6, f"{anonymous / 1e6:.0f} MB"
-    assert resident < 4 * 2 * n + 48e6, f"{resident / 1e6:.0f} MB"

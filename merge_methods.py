@@ -1,0 +1,195 @@
+"""
+The mathematics of merging: tensors of one shape in, one out, nothing of files. Aya Expanse merges by the weighted average
+(model soups, Wortsman et al. 2022, arXiv 2203.05482); SLERP (Shoemake 1985), TIES (Yadav et al. 2023, arXiv 2306.01708)
+and DARE-TIES (Yu et al. 2023, arXiv 2311.03099) are here to compare.
+
+Everything is computed in fp32, or in fp64 where an input is wider than 16 bits, and returned unrounded: the caller casts
+once. All of it is elementwise once a few numbers of the whole tensor are known (SLERP: three inner products; TIES: one
+threshold a model), so a caller may pass the whole tensor, or chunks of it and these numbers.
+
+Signs are multiplied with (`sign`, `clamp`) where one expects `torch.where`: on a CPU that is several times as fast.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear(tensors, weights, normalize=True):
+    """sum_i w_i x_i / sum_i w_i (model soups); normalize off: no division. A model of weight 0 is not looked at."""
+    terms = [(x, w) for x, w in zip(tensors, weights, strict=True) if w != 0] or [(tensors[0], 0.0)]
+    out = widen(terms[0][0]) * terms[0][1]
+    for x, w in terms[1:]:
+        out.add_(widen(x), alpha=w)
+    return out.div_(sum(weights)) if normalize else out  # one division at the end: w_i / sum(w) would round as well
+
+
+def towards(base, merged, lam):
+    """theta_0 + lambda (merged - theta_0): less (lambda < 1) or more of what training changed (WiSE-FT, 2109.01903)."""
+    base = widen(base)
+    return base - (0.0 - lam * (merged - base))  # 0.0 - 0.0 is +0.0: a base of -0.0 that nothing moves stays as it is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SLERP
+
+def dots(a, b):
+    """a.a, a.b, b.b as float64 (3,). Of a tensor: the sum over its chunks."""
+    a, b = a.flatten().double(), b.flatten().double()
+    return torch.stack([a @ a, a @ b, b @ b])
+
+
+def slerp_weights(sums, t):
+    """
+    sums: dots() of two whole tensors -> what a and b are multiplied with: sin((1-t) W) / sin(W) and sin(t W) / sin(W),
+    W the angle between them as flat vectors. Nearly parallel, or a zero vector (no angle): 1 - t and t.
+    """
+    aa, ab, bb = sums.tolist()
+    cosine = ab / math.sqrt(aa) / math.sqrt(bb) if min(aa, bb) > 1e-16 else 1.0
+    if not abs(cosine) <= 0.9995:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def slerp(a, b, t, sums=None):
+    """Shoemake's formula with the lengths left as they are. sums: dots() of the whole tensors, where a, b are chunks."""
+    return linear([a, b], slerp_weights(dots(a, b) if sums is None else sums, t), normalize=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TIES
+
+def coarse_counts(delta):
+    """
+    How many |delta| have which upper 16 of their 31 bits: (65536,) int64. As integers the bits of fp32 magnitudes have
+    the order of the magnitudes; so this histogram, and a second one inside a single bin, find the k-th largest exactly,
+    without sorting, and histograms of chunks (or of all tensors of a model) add up.
+    """
+    return torch.bincount(_bits(delta) >> 15, minlength=1 << 16)
+
+
+def fine_counts(delta, high):
+    """Of the |delta| whose upper 16 bits are `high`, how many have which lower 15: (32768,) int64."""
+    inside = (_bits(delta) - (high << 15)).clamp_(-1, 1 << 15).add_(1)  # the others fall into the two ends
+    return torch.bincount(inside, minlength=(1 << 15) + 2)[1:-1]
+
+
+def _bits(delta):
+    return delta.float().abs().flatten().view(torch.int32)
+
+
+def find_bin(counts, k):
+    """The highest bin such that it and those above hold k elements, and how many of the k it must give itself."""
+    above = counts.flip(0).cumsum(0).flip(0)
+    b = int((above >= k).sum()) - 1
+    return b, k - int(above[b] - counts[b])
+
+
+def kept(n, density):
+    """k of n elements, at least one."""
+    return max(1, int(density * n))
+
+
+def magnitude(high, low):
+    """The fp32 number of these bits."""
+    return torch.tensor(high << 15 | low, dtype=torch.int32).view(torch.float32).item()
+
+
+def trim_threshold(chunks, density):
+    """
+    The k-th largest |x|, k = max(1, int(density * n)), over the n elements of chunks(), which yields the tensors anew
+    at each call: a tensor's chunks, or those of a whole model.
+    """
+    counts = sum(map(coarse_counts, chunks()), torch.zeros(1 << 16).long())
+    if not counts.any():
+        return 0.0  # an empty tensor
+    high, k = find_bin(counts, kept(int(counts.sum()), density))
+    low, _ = find_bin(sum(fine_counts(x, high) for x in chunks()), k)
+    return magnitude(high, low)
+
+
+def trim(delta, least):
+    """TIES step 1: delta where |delta| >= least (all that tie with the k-th stay), else 0. No rescaling."""
+    below = float(np.nextafter(np.float32(least), np.float32(-1)))
+    if delta.dtype == torch.float32:
+        return torch.nn.functional.hardshrink(delta, below)  # x where |x| > below, in one pass
+    return delta * torch.nn.functional.hardshrink(delta.float(), below).sign().abs()  # compared in fp32, as counted
+
+
+def elect_and_merge(base, deltas, weights, lam=1.0, normalize=True):
+    """
+    TIES steps 2 and 3: elect the sign of sum_i w_i d_i per element (0 counts as +); tau = sum w_i d_i / sum w_i over
+    the models whose w_i d_i has that sign, zeros never counting (normalize off: no division); theta_0 + lambda tau.
+    With equal weights this is the paper's rule. Where nothing moved the base stays bit for bit.
+    """
+    terms = [d * w for d, w in zip(deltas, weights, strict=True)]
+    sign = sum(terms).sign_().mul_(2).add_(1).sign_()  # -1 or 1
+    size, divisor = torch.zeros_like(base), torch.zeros_like(base)
+    for term, w in zip(terms, weights):
+        agrees = term.mul_(sign).clamp_(min=0)  # |w_i d_i| where it has the elected sign, else 0
+        size += agrees
+        if normalize:
+            divisor.add_(agrees.sign_(), alpha=w)
+    if normalize:
+        size /= divisor.add_(divisor.sign().abs_().sub_(1).abs_())  # 1 where it is 0: nobody agrees, or weights cancel
+    return base - (0.0 - lam * size.mul_(sign))  # 0.0 - 0.0 is +0.0: leaves a base of -0.0 alone
+
+
+def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=None):
+    """
+    TIES (algorithm 1): keep each delta's largest `density` share, then elect and merge.
+    thresholds: trim_threshold() of each model's whole delta, where base and tensors are chunks.
+    """
+    base, trimmed = widen(base), []
+    for i, x in enumerate(tensors):
+        d = widen(x) - base
+        trimmed.append(trim(d, thresholds[i] if thresholds else trim_threshold(lambda: [d], density)))
+    return elect_and_merge(base, trimmed, weights, lam, normalize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DARE
+
+def mask(seed, model, tensor, begin, end, density):
+    """
+    Elements begin .. end of the 0/1 mask of a tensor, (end - begin,) fp32: each 1 with probability `density`, to 2**-32.
+    A function of its arguments alone. Philox (Salmon et al. 2011) is counter-based: draw number i needs no draw before
+    it, so chunks and threads come out the same. The key is a hash: a raw seed would repeat draws that made the weights.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}\n{model}\n{tensor}".encode()).digest()[:16], "little")
+    first = begin // 8 * 8  # one step of the counter makes eight draws of 32 bits
+    draws = np.random.Philox(key=key, counter=first // 8).random_raw((end - first + 1) // 2).view(np.uint32)
+    last = np.uint32(max(1, round(density * 2**32)) - 1)
+    return torch.from_numpy(draws[begin - first:end - first] <= last).float()
+
+
+def dare(delta, density, kept):
+    """DARE: delta where `kept` (0 or 1 with probability density = 1 - p) is 1, times 1 / density. Unbiased."""
+    return (widen(delta) * kept).div_(density)
+
+
+def dare_ties(base, tensors, weights, density, masks, lam=1.0, normalize=True):
+    """DARE on each delta, then TIES' election and mean without a second trim. base and tensors may be chunks."""
+    base = widen(base)
+    deltas = [dare(widen(x) - base, density, m) for x, m in zip(tensors, masks, strict=True)]
+    return elect_and_merge(base, deltas, weights, lam, normalize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def gradient(values, layer, layers):
+    """
+    A setting that runs over the depth: `values` stand at even distances from the first layer to the last, linear in
+    between; one value is the same everywhere. layer None, what lies outside the layers (embedding, final norm, head):
+    the first value, as in mergekit.
+    """
+    at = 0.0 if layer is None or layers < 2 else layer * (len(values) - 1) / (layers - 1)
+    i = int(at)
+    return values[i] if at == i else values[i] + (values[i + 1] - values[i]) * (at - i)
