@@ -1,16 +1,18 @@
 """
 Merging checkpoints of any size in the memory of a few chunks. Aya Expanse merges at every stage: models of different
 language clusters, and checkpoints of one run. Its choice is the weighted average; SLERP, TIES and DARE-TIES are here to
-compare. The mathematics, with its papers, is in merge_methods.py, the streaming in merge_stream.py, the search for weights
-in merge_search.py; this file refuses what cannot be averaged, writes the folder and says what a person wants to know.
+compare. The mathematics, with its papers, is in merge_methods.py, the streaming in merge_stream.py, the search for
+weights in merge_search.py; this file refuses what cannot be averaged, writes the folder and says what a person wants to
+know.
 
 python merge.py --models out/mini/sft-west out/mini/sft-east --weights 1 2 --out out/my-merged
-python merge.py --method ties --models out/mini/sft-west out/mini/sft-east --base out/mini/base --density 0.2 --out out/my-ties
+python merge.py --method ties --models out/mini/sft-west out/mini/sft-east --base out/mini/base --out out/my-ties
 python merge.py --method slerp --models out/mini/sft-west out/mini/sft-east --t 0,0.5,1 --out out/my-slerp
-python merge.py --models out/mini/sft-west out/mini/sft-east --base out/mini/base --weights search --dev out/mini/data/merge_dev.jsonl --held_out out/mini/data/merge_held_out.jsonl --out out/my-search
+python merge.py --models out/mini/sft-west out/mini/sft-east --weights search --base out/mini/base \
+    --dev out/mini/data/merge_dev.jsonl --held_out out/mini/data/merge_held_out.jsonl --out out/my-search
 
-A setting that may run over the depth (--weights, --t) takes numbers with commas: 0,0.5,1 is 0 in the first layer, 0.5 in
-the middle, 1 in the last, linear in between; what lies outside the layers gets the first number.
+A setting that may run over the depth (--weights, --t) takes numbers with commas: 0,0.5,1 is 0 in the first layer, 0.5
+in the middle, 1 in the last, linear in between; what lies outside the layers gets the first number.
 """
 
 import json
@@ -18,7 +20,9 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,8 +110,9 @@ def check_sums(plan, given):
     for layer in (None, *range(plan.layers)) if plan.normalize and plan.method != "slerp" else ():
         w, _ = plan.at(layer)
         if abs(math.fsum(w)) <= 1e-9 * max(map(abs, w)):
-            die(f"--weights {' '.join(map(str, given))} sum to zero{'' if layer is None else f' in layer {layer}'}, nothing "
-                "to divide by: change one, or --no-normalize")
+            place = "" if layer is None else f" in layer {layer}"
+            die(f"--weights {' '.join(map(str, given))} sum to zero{place}, nothing to divide by: change one, or "
+                "--no-normalize")
 
 
 def check_tensors(tables, who):
@@ -179,7 +184,8 @@ def check_tokenizers(folders):
 def parent(name):
     """A model's Checkpoint, without the second copy of a tied head that some folders hold: the merge has none."""
     stored, head, embedding = Checkpoint(find(name)), "lm_head.weight", "model.embed_tokens.weight"
-    if functional(stored.config, stored.folder / "config.json")["tie_word_embeddings"] and {head, embedding} <= stored.table.keys():
+    tied = functional(stored.config, stored.folder / "config.json")["tie_word_embeddings"]
+    if tied and {head, embedding} <= stored.table.keys():
         if not stored.same(head, embedding):
             die(f"{stored.folder}: tensor {head} differs from {embedding}, though config.json ties them; correct one")
         del stored.table[head]
@@ -196,21 +202,25 @@ def mask_names(folders):
 class Output:
     """
     The safetensors files of a merge: each opens with its whole header, then chunks arrive in any order and from any
-    thread. While one is being written its name says so: no file ever looks whole and is not.
+    thread. A file gets its name when all its bytes are on the disk: none ever looks whole and is not.
     """
 
     def __init__(self, folder, layout):
         """layout: file name -> {tensor: (shape, dtype)}, in the order of the data."""
-        self.place, self.open = {}, {}
+        self.place, self.left, self.open, self.finished = {}, {}, {}, []
+        self.lock, self.finisher = threading.Lock(), ThreadPoolExecutor(1)
         for file, part in layout.items():
-            fd = self.open[folder / file] = os.open(folder / f"{file}.unfinished", os.O_WRONLY | os.O_CREAT, 0o666)
-            header = safetensors_header(part)
+            path, header = folder / file, safetensors_header(part)
+            fd = self.open[path] = os.open(f"{path}.unfinished", os.O_WRONLY | os.O_CREAT, 0o666)
             self.pwrite(fd, header, 0)
             at = len(header)
             for name, (shape, dtype) in part.items():
-                self.place[name] = fd, at
+                self.place[name] = path, fd, at
                 at += math.prod(shape) * dtype.itemsize
             os.truncate(fd, at)
+            self.left[path] = at - len(header)
+            if at == len(header):
+                self.finish(path)
 
     def pwrite(self, fd, data, at):
         view = memoryview(data)
@@ -219,16 +229,29 @@ class Output:
             view, at = view[n:], at + n
 
     def __call__(self, name, begin, chunk):
-        fd, at = self.place[name]
+        path, fd, at = self.place[name]
         self.pwrite(fd, chunk.view(torch.uint8).numpy(), at + begin * chunk.dtype.itemsize)
+        with self.lock:
+            self.left[path] -= chunk.nbytes
+            last = not self.left[path]
+        if last:
+            self.finished.append(self.finisher.submit(self.finish, path))  # while the next files are merged
 
-    def close(self, whole):
-        """whole: everything was written, so that the files may have their names, once they are on the disk."""
-        for path, fd in self.open.items():
-            if whole:
-                os.fsync(fd)
-                os.rename(f"{path}.unfinished", path)
-            os.close(fd)
+    def finish(self, path):
+        os.fsync(self.open[path])
+        os.close(self.open.pop(path))
+        os.rename(f"{path}.unfinished", path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_):
+        """Waits until every file has its name."""
+        self.finisher.shutdown()
+        while self.open and failed:
+            os.close(self.open.popitem()[1])
+        for future in self.finished if not failed else ():
+            future.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +290,7 @@ def card(report, title):
                       f"(commit {report['commit']}).", "", "| model | weight |", "|---|---|",
                       *(f"| {name} | {w} |" for name, w in zip(report["names"], weights)),
                       *([f"| {report['base_name']} | base |"] if report["base"] else []), "",
-                      f"Settings: {', '.join(f'{k} {v}' for k, v in shown.items()) or 'none'}; dtype {report['dtype']}.",
+                      f"Settings: {', '.join(f'{k} {v}' for k, v in [*shown.items(), ('dtype', report['dtype'])])}.",
                       "", table_of(report), ""])
 
 
@@ -289,9 +312,9 @@ def main(cfg):
         if flag not in USES[cfg.method] and getattr(cfg, flag) != getattr(Config(), flag):
             print(f"note: --{flag} has no effect on --method {cfg.method}")
     K, first = len(cfg.models), parents[0]
-    plan = Plan(cfg.method, parents[:K], weights or [[1.0]] * K, mask_names(cfg.models), parents[K] if cfg.base else None,
-                t, cfg.density, cfg.lam, cfg.seed, cfg.normalize, cfg.trim,
-                None if cfg.dtype == "auto" else getattr(torch, cfg.dtype))
+    plan = Plan(cfg.method, parents[:K], weights or [[1.0]] * K, mask_names(cfg.models), t=t, density=cfg.density,
+                base=parents[K] if cfg.base else None, lam=cfg.lam, seed=cfg.seed, normalize=cfg.normalize,
+                trim=cfg.trim, dtype=None if cfg.dtype == "auto" else getattr(torch, cfg.dtype))
     check_sums(plan, cfg.weights)
 
     # 2) layout: the first model's files; in each the widest dtype first, so that every tensor is aligned
@@ -315,12 +338,8 @@ def main(cfg):
     bar.unit, bar.unit_scale = "B", True
     with atomic_dir(out) as folder:
         try:
-            files, whole = Output(folder, layout), False
-            try:
+            with Output(folder, layout) as files:
                 stats = merge_stream.merge(plan, files, cfg.threads, bar=bar)
-                whole = True
-            finally:
-                files.close(whole)
             bar.close()
             seconds = time.time() - streaming
 
@@ -337,7 +356,8 @@ def main(cfg):
                       "groups": {group: s.as_dict() for group, s in sorted(stats.items())}, "search": searched,
                       "bytes": total, "seconds": time.time() - begin, "streaming_seconds": seconds, "argv": sys.argv,
                       "commit": git_commit()}
-            (folder / "merge_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(report, indent=1, ensure_ascii=False)
+            (folder / "merge_report.json").write_text(text, encoding="utf-8")
             if report["groups"]:
                 (folder / "README.md").write_text(card(report, out.name), encoding="utf-8")
             config = first.config
@@ -355,8 +375,8 @@ def main(cfg):
     # 6) what a person wants to know before trusting it
     print(table_of(report).replace("|---", "|-") if report["groups"] else "no tensor of numbers")
     read = sum(math.prod(shape) * dtype.itemsize for p in parents for shape, dtype in p.table.values())
-    print(f"{out}: {cfg.method} of {K} models, {read / 1e9:.2f} GB read, {total / 1e9:.2f} GB written in {seconds:.1f} s "
-          f"({(read + total) / 1e9 / max(seconds, 1e-3):.2f} GB/s)")
+    print(f"{out}: {cfg.method} of {K} models, {read / 1e9:.2f} GB of weights, {total / 1e9:.2f} GB written in "
+          f"{seconds:.1f} s ({(read + total) / 1e9 / max(seconds, 1e-3):.2f} GB/s)")
 
 
 if __name__ == "__main__":

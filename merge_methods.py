@@ -1,11 +1,11 @@
 """
-The mathematics of merging: tensors of one shape in, one out, nothing of files. Aya Expanse merges by the weighted average
-(model soups, Wortsman et al. 2022, arXiv 2203.05482); SLERP (Shoemake 1985), TIES (Yadav et al. 2023, arXiv 2306.01708)
-and DARE-TIES (Yu et al. 2023, arXiv 2311.03099) are here to compare.
+The mathematics of merging: tensors of one shape in, one out, nothing of files. Aya Expanse merges by the weighted
+average (model soups, Wortsman et al. 2022, arXiv 2203.05482); SLERP (Shoemake 1985), TIES (Yadav et al. 2023, arXiv
+2306.01708) and DARE-TIES (Yu et al. 2023, arXiv 2311.03099) are here to compare.
 
-Everything is computed in fp32, or in fp64 where an input is wider than 16 bits, and returned unrounded: the caller casts
-once. All of it is elementwise once a few numbers of the whole tensor are known (SLERP: three inner products; TIES: one
-threshold a model), so a caller may pass the whole tensor, or chunks of it and these numbers.
+Everything is computed in fp32, or in fp64 where an input is wider than 16 bits, and returned unrounded: the caller
+casts once. All of it is elementwise once a few numbers of the whole tensor are known (SLERP: three inner products;
+TIES: one threshold a model), so a caller may pass the whole tensor, or chunks of it and these numbers.
 
 Signs are multiplied with (`sign`, `clamp`) where one expects `torch.where`: on a CPU that is several times as fast.
 """
@@ -66,19 +66,21 @@ def slerp(a, b, t, sums=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # TIES
 
-def coarse_counts(delta):
-    """
-    How many |delta| have which upper 16 of their 31 bits: (65536,) int64. As integers the bits of fp32 magnitudes have
-    the order of the magnitudes; so this histogram, and a second one inside a single bin, find the k-th largest exactly,
-    without sorting, and histograms of chunks (or of all tensors of a model) add up.
-    """
-    return torch.bincount(_bits(delta) >> 15, minlength=1 << 16)
+COARSE, FINE = 1 << 16, (1 << 15) + 2  # bins of the two histograms
 
 
-def fine_counts(delta, high):
-    """Of the |delta| whose upper 16 bits are `high`, how many have which lower 15: (32768,) int64."""
-    inside = (_bits(delta) - (high << 15)).clamp_(-1, 1 << 15).add_(1)  # the others fall into the two ends
-    return torch.bincount(inside, minlength=(1 << 15) + 2)[1:-1]
+def coarse_bins(delta):
+    """
+    The upper 16 of the 31 bits of each |delta|: (n,) int32. As integers the bits of fp32 magnitudes have the order of
+    the magnitudes; so a histogram of these, and a second one inside a single bin, find the k-th largest exactly,
+    without sorting; and histograms of chunks, or of all tensors of a model, add up.
+    """
+    return _bits(delta) >> 15
+
+
+def fine_bins(delta, high):
+    """The lower 15 bits + 1 of each |delta| whose upper 16 are `high`; 0 or 32769 for smaller or larger ones: int32."""
+    return (_bits(delta) - (high << 15)).clamp_(-1, 1 << 15).add_(1)
 
 
 def _bits(delta):
@@ -97,8 +99,9 @@ def kept(n, density):
     return max(1, int(density * n))
 
 
-def magnitude(high, low):
-    """The fp32 number of these bits."""
+def magnitude(high, counts, k):
+    """The k-th largest of the fp32 magnitudes whose upper bits are `high`, from their histogram by fine_bins."""
+    low, _ = find_bin(counts[1:-1], k)
     return torch.tensor(high << 15 | low, dtype=torch.int32).view(torch.float32).item()
 
 
@@ -107,12 +110,11 @@ def trim_threshold(chunks, density):
     The k-th largest |x|, k = max(1, int(density * n)), over the n elements of chunks(), which yields the tensors anew
     at each call: a tensor's chunks, or those of a whole model.
     """
-    counts = sum(map(coarse_counts, chunks()), torch.zeros(1 << 16).long())
+    counts = sum((torch.bincount(coarse_bins(x), minlength=COARSE) for x in chunks()), torch.zeros(COARSE).long())
     if not counts.any():
         return 0.0  # an empty tensor
     high, k = find_bin(counts, kept(int(counts.sum()), density))
-    low, _ = find_bin(sum(fine_counts(x, high) for x in chunks()), k)
-    return magnitude(high, low)
+    return magnitude(high, sum(torch.bincount(fine_bins(x, high), minlength=FINE) for x in chunks()), k)
 
 
 def trim(delta, least):
@@ -159,9 +161,10 @@ def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=No
 
 def mask(seed, model, tensor, begin, end, density):
     """
-    Elements begin .. end of the 0/1 mask of a tensor, (end - begin,) fp32: each 1 with probability `density`, to 2**-32.
-    A function of its arguments alone. Philox (Salmon et al. 2011) is counter-based: draw number i needs no draw before
-    it, so chunks and threads come out the same. The key is a hash: a raw seed would repeat draws that made the weights.
+    Elements begin .. end of the 0/1 mask of a tensor, (end - begin,) fp32: each 1 with probability `density`, to
+    2**-32. A function of its arguments alone. Philox (Salmon et al. 2011) is counter-based: draw number i needs no draw
+    before it, so chunks and threads come out the same. The key is a hash: a raw seed would repeat draws that made the
+    weights.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}\n{model}\n{tensor}".encode()).digest()[:16], "little")
     first = begin // 8 * 8  # one step of the counter makes eight draws of 32 bits

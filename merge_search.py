@@ -2,17 +2,18 @@
 `merge.py --weights search`: the weights of a linear merge, chosen by what the merge can do in every language.
 
 1. Every model alone is scored in every language: the table shows what an average over languages would hide.
-2. Start: the better of uniform weights and of a softmax over the models' mean scores (LM-Cocktail, arXiv 2311.13534, with a
-   temperature of one standard deviation of these means: ours).
-3. Coordinate moves on the simplex: one weight up or down by 0.3, then 0.1, then 0.03, all scaled back to sum 1; a move that
-   raises the objective is kept. Cohere searches the same space with CMA-ES (arXiv 2412.04144); this is its smallest version.
+2. Start: the better of uniform weights and of a softmax over the models' mean scores (LM-Cocktail, arXiv 2311.13534,
+   with a temperature of one standard deviation of these means: ours).
+3. Coordinate moves on the simplex: one weight up or down by 0.3, then 0.1, then 0.03, all scaled back to sum 1; a move
+   that raises the objective is kept. Cohere searches the same space with CMA-ES (arXiv 2412.04144); this is its
+   smallest version.
 4. With --base: lambda in 0.25, 0.5, 0.75, 1.25 towards or past the merge (WiSE-FT, arXiv 2109.01903; WARP, 2406.16768).
 
-The objective is the mean over languages + `--worst` times the worst language's change against uniform weights. A score is the mean
-log-probability of a token of the rows' completions; or, with --reward_model, the mean reward of greedy answers to the
-rows' prompts, which is compared between merges on the same prompts, never between languages. Choices are made on --dev;
-what they are worth is read on --held_out, beside uniform weights and the best model alone. Memory: one model and a few
-chunks (and the reward model), as every candidate is merged straight into the model's parameters.
+The objective is the mean over languages + `--worst` times the worst language's change against uniform weights. A score
+is the mean log-probability of a token of the rows' completions; or, with --reward_model, the mean reward of greedy
+answers to the rows' prompts, which is compared between merges on the same prompts, never between languages. Choices are
+made on --dev; what they are worth is read on --held_out, beside uniform weights and the best model alone. Memory: one
+model and a few chunks (and the reward model), as every candidate is merged straight into the model's parameters.
 """
 
 import math
@@ -97,8 +98,8 @@ def moves(weights, step):
 
 def climb(start, evaluate, spent):
     """
-    start: Point; evaluate(weights) -> Point; spent() -> may no further point be evaluated? Coordinate moves with falling
-    steps, each accepted if it raises the objective, until none does. Returns the best Point.
+    start: Point; evaluate(weights) -> Point; spent() -> may no further point be evaluated? Coordinate moves with
+    falling steps, each accepted if it raises the objective, until none does. Returns the best Point.
     """
     best = start
     for step in STEPS:

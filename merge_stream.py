@@ -46,7 +46,8 @@ class Plan:
 
     @property
     def stored(self):
-        return [*self.parents, *([self.base] if self.base else [])]
+        """All that is read, the base first."""
+        return [*([self.base] if self.base else []), *self.parents]
 
     def table(self):
         """name -> (shape, dtype) of the output."""
@@ -84,18 +85,24 @@ class Stats:
         self.counts = torch.zeros(K + 2).double()  # elements that each model left alone, conflicts, rounded away
 
     @staticmethod
-    def measure(x, base, y, out):
-        """Of one chunk: (inner products (R, R), counts (K + 2,)), fp64. x: K models; y: merged; out: y as stored."""
-        rows = torch.stack([base, *x] if base is not None else x)
-        deltas = rows[1:].sub_(rows[0])
-        gram, counts = (rows @ rows.T).double(), torch.zeros(len(x) + 2).double()
-        if base is not None:
+    def measure(rows, y, out, has_base):
+        """
+        Of one chunk: (inner products (R, R), counts (K + 2,)), fp64. rows (R, n): the base and the models, or the
+        models alone, and what is left there afterwards are differences; y: merged; out: y as it is stored.
+        """
+        origin, deltas = rows[0], rows[1:]
+        K = len(rows) - has_base
+        counts = torch.zeros(K + 2).double()
+        if has_base and out.dtype != y.dtype:
+            counts[-1] = (y - origin).sign_().abs_().sum() - (out.to(y.dtype) - origin).sign_().abs_().sum()
+        deltas -= origin
+        gram = (rows @ rows.T).double()
+        if has_base:
             signs = deltas.sign()
-            moved = signs.abs()
-            counts[:len(x)] = base.numel() - moved.sum(1).double()
-            counts[-2] = (moved.sum(0) - signs.sum(0).abs()).clamp_(max=1).sum()  # some +, some -
-            if out.dtype != y.dtype:
-                counts[-1] = (y - base).sign_().abs_().sum() - (out.to(y.dtype) - base).sign_().abs_().sum()
+            total = sum(signs).abs_()
+            moved = signs.abs_()
+            counts[:K] = origin.numel() - moved.sum(1).double()
+            counts[-2] = (sum(moved) - total).clamp_(max=1).sum()  # some +, some -
         return gram, counts
 
     def add(self, n, gram, counts, coefficients):
@@ -137,56 +144,71 @@ def group_of(name):
 local = threading.local()  # buffers of each thread, used again for every chunk
 
 
-def buffer(key, dtype):
+def buffer(key, *shape, dtype):
+    """A tensor of this thread; what it held under this key before is overwritten."""
     found = vars(local).setdefault("buffers", {})
-    if (key, dtype) not in found or len(found[key, dtype]) < CHUNK:
-        found[key, dtype] = torch.empty(CHUNK, dtype=dtype)
-    return found[key, dtype]
+    if (key, shape, dtype) not in found:
+        found[key, shape, dtype] = torch.empty(shape, dtype=dtype)
+    return found[key, shape, dtype]
 
 
-def inputs(plan, name, begin, end, check=True):
+def inputs(plan, name, begin, end):
     """
-    Yields (place, what each of the K models and the base holds there) of a span, chunk by chunk, in fp32 where all are
-    16 bits wide and in fp64 otherwise. check: refuse NaN and infinity, which the first pass over the data does.
+    Yields (place, rows) of a span, chunk by chunk. rows (R, n): what the base, if there is one, and the K models hold
+    there, in fp32 where all are stored in 16 bits and in fp64 otherwise.
     """
     kinds = [stored.table[name][1] for stored in plan.stored]
     work = torch.float32 if all(kind.itemsize == 2 for kind in kinds) else torch.float64
+    rows = buffer("rows", len(kinds), CHUNK, dtype=work)
     for at in range(begin, end, CHUNK):
-        n, values = min(CHUNK, end - at), []
-        for i, (stored, kind) in enumerate(zip(plan.stored, kinds)):
-            raw = buffer("read", kind)[:n]
+        n = min(CHUNK, end - at)
+        for row, stored, kind in zip(rows, plan.stored, kinds):
+            raw = buffer("raw", CHUNK, dtype=kind)[:n]
             stored.pread(name, raw, at)
-            if check and not finite(raw):
-                stored.not_finite(name)
-            values.append(buffer(i, work)[:n].copy_(raw))
-        yield at, values
+            row[:n].copy_(raw)
+        yield at, rows[:, :n]
 
 
 def scan_dots(plan, name, begin, end, _):
     """slerp: the three inner products of the span."""
-    return sum((methods.dots(a, b) for _, (a, b, *_) in inputs(plan, name, begin, end)), torch.zeros(3).double())
+    return sum((methods.dots(*rows[-2:]) for _, rows in inputs(plan, name, begin, end)), torch.zeros(3).double())
 
 
 def scan_coarse(plan, name, begin, end, _):
     """ties: a histogram of each model's delta, (K, 65536)."""
-    chunks = inputs(plan, name, begin, end)
-    return sum(torch.stack([methods.coarse_counts(v.sub_(base)) for v in x]) for _, (*x, base) in chunks)
+    return histograms(plan, name, begin, end, methods.COARSE, lambda i, delta: methods.coarse_bins(delta))
 
 
 def scan_fine(plan, name, begin, end, high):
-    """ties: of each model's delta inside its bin, (K, 32768)."""
-    chunks = inputs(plan, name, begin, end, check=False)
-    return sum(torch.stack([methods.fine_counts(v.sub_(base), h) for v, h in zip(x, high)]) for _, (*x, base) in chunks)
+    """ties: of each model's delta inside its bin, (K, 32770)."""
+    return histograms(plan, name, begin, end, methods.FINE, lambda i, delta: methods.fine_bins(delta, high[i]))
+
+
+def histograms(plan, name, begin, end, size, bins):
+    """The bins of many chunks are counted at once: a histogram is as large as a chunk."""
+    K, held = len(plan.parents), 0
+    many, counts = buffer("bins", K, 16 * CHUNK, dtype=torch.int32), torch.zeros(K, size, dtype=torch.int64)
+    for at, rows in inputs(plan, name, begin, end):
+        n = rows.shape[1]
+        for i, delta in enumerate(rows[1:].sub_(rows[0])):
+            many[i, held:held + n] = bins(i, delta)
+        held += n
+        if held + CHUNK > many.shape[1] or at + n == end:
+            counts += torch.stack([torch.bincount(row[:held], minlength=size) for row in many])
+            held = 0
+    return counts
 
 
 def merge_span(plan, name, begin, end, known, sink, dtype, with_stats):
     """
-    Merges elements begin .. end of one tensor and hands them to the sink. known: the tensor's dots (slerp) or thresholds
-    (ties). Returns what Stats.measure found, added up.
+    Merges elements begin .. end of one tensor and hands them to the sink. known: the tensor's dots (slerp) or
+    thresholds (ties). Returns what Stats.measure found, added up.
     """
-    (weights, t), K, found = plan.at(plan.layer(name)), len(plan.parents), None
-    for at, values in inputs(plan, name, begin, end, check=plan.method in ("linear", "dare_ties")):
-        x, base = values[:K], values[K] if plan.base else None
+    (weights, t), has_base, found = plan.at(plan.layer(name)), plan.base is not None, None
+    # NaN and infinity reach the result from wherever they are, but from a model of weight 0, or a base only compared with
+    past = 0 in (*weights, t, 1 - t) or has_base and plan.method in ("linear", "slerp")
+    for at, rows in inputs(plan, name, begin, end):
+        x, base = rows[has_base:].unbind(), rows[0]
         if plan.method == "linear":
             y = methods.linear(x, weights, plan.normalize)
         elif plan.method == "slerp":
@@ -197,17 +219,25 @@ def merge_span(plan, name, begin, end, known, sink, dtype, with_stats):
             masks = [methods.mask(plan.seed, key, name, at, at + len(base), plan.density) for key in plan.keys]
             y = methods.dare_ties(base, x, weights, plan.density, masks, plan.lam, plan.normalize)
         if plan.method == "slerp" or plan.method == "linear" and plan.normalize:  # equal parents come back bit for bit
-            y = x[0] if all(torch.equal(v.view(torch.uint8), x[0].view(torch.uint8)) for v in x[1:]) else y
-        if plan.method == "linear" and plan.lam != 1 and base is not None:
+            y = x[0].clone() if all(torch.equal(v.view(torch.uint8), x[0].view(torch.uint8)) for v in x[1:]) else y
+        if plan.method == "linear" and plan.lam != 1 and has_base:
             y = methods.towards(base, y, plan.lam)
         out = y.to(dtype)
-        if not finite(out):
-            die(f"tensor {name}: merged values overflow {dtype}; choose smaller --weights or --lam, or --dtype float32")
+        if not finite(out) or past and not finite(rows):
+            refuse(plan, name, rows, dtype)
         sink(name, at, out)
         if with_stats:
-            parts = Stats.measure(x, base, y, out)
+            parts = Stats.measure(rows, y, out, has_base)
             found = parts if found is None else tuple(a.add_(b) for a, b in zip(found, parts))
     return found
+
+
+def refuse(plan, name, rows, dtype):
+    """Says whose fault it is that a merged chunk holds NaN or infinity."""
+    for row, stored in zip(rows, plan.stored):
+        if not finite(row):
+            stored.not_finite(name)
+    die(f"tensor {name}: merged values overflow {dtype}; choose smaller --weights or --lam, or --dtype float32")
 
 
 def copy_span(plan, name, begin, end, sink):
@@ -215,12 +245,12 @@ def copy_span(plan, name, begin, end, sink):
     for at in range(begin, end, CHUNK):
         first = torch.empty(min(CHUNK, end - at), dtype=plan.parents[0].table[name][1])
         plan.parents[0].pread(name, first, at)
-        for stored in plan.stored[1:]:
+        for stored in plan.stored:
             other = torch.empty(len(first), dtype=stored.table[name][1])
             stored.pread(name, other, at)
             if not torch.equal(first, other):
-                die(f"{stored.folder}: tensor {name} holds integers unlike {plan.parents[0].folder}'s: make them equal, "
-                    "they have no average")
+                die(f"{stored.folder}: tensor {name} holds integers unlike {plan.parents[0].folder}'s: make them "
+                    "equal, they have no average")
         sink(name, at, first)
 
 
@@ -248,8 +278,9 @@ def groups(plan, names):
 
 def scan(pool, plan, names, function, unit, known=None):
     """
-    One pass: `function` over all spans, in threads. Yields (unit, total) where a run of tensors with the same unit(name)
-    ends, so that a histogram needs no memory once it is complete. known: unit -> what the function must know.
+    One pass: `function` over all spans, in threads. Yields (unit, total) where a run of tensors with the same
+    unit(name) ends, so that a histogram needs no memory once it is complete. known: unit -> what the function must
+    know.
     """
     jobs = list(spans(plan, names))
     work = lambda job: function(plan, *job, known[unit(job[0])] if known else None)
@@ -265,8 +296,8 @@ def scan(pool, plan, names, function, unit, known=None):
 
 def thresholds(pool, plan, names, unit):
     """
-    TIES step 1 in two passes: name -> the K magnitudes from which on a delta is kept; one for each model and unit(name),
-    which is a tensor or the whole model.
+    TIES step 1 in two passes: name -> the K magnitudes from which on a delta is kept; one for each model and
+    unit(name), which is a tensor or the whole model.
     """
     size, bins, least = Counter(), {}, {}
     for name in names:
@@ -274,7 +305,7 @@ def thresholds(pool, plan, names, unit):
     for u, counts in scan(pool, plan, names, scan_coarse, unit):
         bins[u] = [methods.find_bin(row, methods.kept(size[u], plan.density)) for row in counts]
     for u, counts in scan(pool, plan, names, scan_fine, unit, {u: [high for high, _ in b] for u, b in bins.items()}):
-        least[u] = [methods.magnitude(high, methods.find_bin(row, k)[0]) for (high, k), row in zip(bins[u], counts)]
+        least[u] = [methods.magnitude(high, row, k) for (high, k), row in zip(bins[u], counts)]
     return {name: least.get(unit(name)) for name in names}
 
 
@@ -288,6 +319,9 @@ def merge(plan, sink, threads=0, with_stats=True, bar=None):
     floats = [name for name in table if table[name][1].is_floating_point]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads or min(8, cores), initializer=torch.set_num_threads, initargs=(1,))
+    # glibc's malloc keeps freed blocks up to the size of the largest one it has seen freed (32 MB at most): without this
+    # the memory of every temporary would go back to the system, and come again page by page
+    torch.empty(31 << 20, dtype=torch.uint8)
     try:
         if plan.method == "ties" and plan.trim == "model":
             whole = thresholds(pool, plan, floats, lambda name: "model")

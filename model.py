@@ -368,8 +368,8 @@ def write_checkpoint(folder, model, source=None, dtype=None, architecture=None, 
 
 def keep_checkpoints(folder, percents, step, max_steps, model, source):
     """
-    After training step `step` (1-based) of max_steps: folder/at-P, a checkpoint, for each of `percents` that is reached.
-    What merge.py averages with the last one: checkpoints of one run.
+    After training step `step` (1-based) of max_steps: folder/at-P, a checkpoint, for each of `percents` that is
+    reached. What merge.py averages with the last one: checkpoints of one run.
     """
     for percent in percents:
         if not 0 < percent < 100:

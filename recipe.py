@@ -39,7 +39,7 @@ class Config:
     dry_run: bool = False  # print the commands, run nothing
     ranks: int = 1  # processes per training command (torchrun); the mini runs two commands side by side instead
     controls: bool = False  # also train the control that skips the offline stage (about a minute)
-    merge: str = "models"  # models (one a cluster) | checkpoints (and their runs' earlier ones) | search (for the weights)
+    merge: str = "models"  # models (one a cluster) | checkpoints (and earlier ones of their runs) | search (for weights)
     jobs: int = 2  # commands of one stage that run side by side; each gets cores / jobs threads
 
 
@@ -71,7 +71,7 @@ def keep_flag(how):
 
 
 def merge_command(out, name, parts, base, data, how):
-    """The merge of a stage: uniform weights, over the models of `parts` or over all their kept checkpoints; or searched."""
+    """The merge of a stage: uniform weights over the models of `parts`, or over all their kept checkpoints; or searched."""
     if how == "checkpoints":
         parts = [f"{part}{at}" for part in parts for at in (*(f"/at-{percent}" for percent in KEPT), "")]
     searched = (f"--base {base} --weights search --dev {data}/merge_dev.jsonl --held_out {data}/merge_held_out.jsonl "
@@ -134,7 +134,8 @@ def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
             [merge(name, "base")]]))
     stages.append(("offline-dpo", [
         [f"{train} train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl --languages {languages} "
-         f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}{keep}" for group, languages in groups.items()],
+         f"--out {out}/offline-dpo-{group} --seed {seed} {sizes['offline']}{keep}"
+         for group, languages in groups.items()],
         [merge("offline-dpo", "sft")]]))
     policy = "offline-dpo"
     for number in rounds:

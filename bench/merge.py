@@ -4,12 +4,12 @@ Every method of merge.py beside mergekit 0.1.5, and beside a plain copy of the s
     python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit==0.1.5
     python bench/merge.py --mergekit mk/bin/mergekit-yaml
 
-Three models of 0.5 B parameters and their base, bf16, four shards each: aya-expanse-8b with every width divided by four,
-named as Llama, since mergekit 0.1.5 refuses Cohere models without q_norm. Each measurement is a whole process with the
-files in the page cache: wall and CPU seconds and peak resident memory, imports included (torch's alone: 2 to 3 s). The copy reads
-every byte that the linear merge reads, and writes and fsyncs as many as it writes, with as many threads, in chunks of 1 MB;
-beside it stand the seconds that the merge itself took, without imports. mergekit computes TIES and DARE-TIES in bf16 unless told
-otherwise (wrong signs: shared rounding); both settings are timed.
+Three models of 0.5 B parameters and their base, bf16, four shards each: aya-expanse-8b with every width divided by
+four, named as Llama, since mergekit 0.1.5 refuses Cohere models without q_norm. Each measurement is a whole process
+with the files in the page cache: wall and CPU seconds and peak resident memory, imports included. The copy reads every
+byte that the linear merge reads, and writes and fsyncs as many as that writes, with as many threads, in chunks of 1 MB;
+beside it stand the seconds that the merge itself took, without imports. mergekit computes TIES and DARE-TIES in bf16
+unless told otherwise, which elects wrong signs; both of its settings are timed.
 """
 
 import json
@@ -77,12 +77,21 @@ def measure(command, out, env=None):
     shutil.rmtree(out, ignore_errors=True)
     os.sync()  # what earlier runs wrote is not written back during this one
     begin = time.perf_counter()
+    peak = {"VmHWM": 0, "RssAnon": 0}
     with open(f"{out}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT,
                                    env=os.environ | (env or {}))
-        _, status, used = os.wait4(process.pid, 0)
+        while True:  # ru_maxrss would count this process too, from which the child was forked
+            pid, status, used = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            with open(f"/proc/{process.pid}/status", encoding="utf-8") as f:
+                for line in f:
+                    if (key := line.split(":")[0]) in peak:
+                        peak[key] = max(peak[key], int(line.split()[1]) * 1024)
+            time.sleep(0.02)
     found = {"wall_s": time.perf_counter() - begin, "cpu_s": used.ru_utime + used.ru_stime,
-             "peak_gb": used.ru_maxrss * 1024 / 1e9}
+             "peak_gb": peak["VmHWM"] / 1e9, "private_gb": peak["RssAnon"] / 1e9}
     if status:
         sys.exit(f"{' '.join(map(str, command))} failed:\n" + Path(f"{out}.log").read_text(encoding="utf-8")[-2000:])
     if (report := Path(out) / "merge_report.json").exists():

@@ -6,8 +6,8 @@ Writes the files that the miniature's recipe reads, from the embedded dataset (m
     data/udhr.jsonl          text rows: UDHR articles 0-24, for the base model
     data/rm_prompts.jsonl    prompts of the split `rm` on which base and teachers are sampled for near misses
     data/rm_rows.jsonl       the same prompts with their references: what the reward model's pairs are made of
-    data/merge_dev.jsonl, data/merge_held_out.jsonl   the same rows in two halves, item by item, for merge.py's search for weights:
-                             no policy is trained on them
+    data/merge_dev.jsonl, data/merge_held_out.jsonl   their two halves, item by item: what merge.py's search for weights
+                             scores merges on; no policy is trained on them
     data/arbitrage.jsonl     prompts of the split `prefer` for the pool of teachers: no references
     data/online-N.jsonl      fresh prompts of the split `prefer` for each online round: no references
     data/online.jsonl        the rounds' prompts in one file, for the control without the offline stage

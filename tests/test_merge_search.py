@@ -1,6 +1,6 @@
 """
-merge.py --weights search: its moves and its climb on functions whose maximum is known, then whole searches on tiny models.
-Run: python -m pytest tests/test_merge_search.py
+merge.py --weights search: its moves and its climb on functions whose maximum is known, then whole searches on tiny
+models. Run: python -m pytest tests/test_merge_search.py
 """
 
 import json
@@ -87,8 +87,8 @@ def models(tmp_path_factory):
         save(model, folder / name, source=folder / "base")
     for split, numbers in (("dev", range(5)), ("held", range(5, 9))):
         tiny.write(folder / f"{split}.jsonl", [
-            {"id": f"{language}-{i}", "language": language, "prompt": f"{language} {i}", "completion": f"{ANSWERS[language]} {i}"}
-            for i in numbers for language in LANGUAGES])
+            {"id": f"{language}-{i}", "language": language, "prompt": f"{language} {i}",
+             "completion": f"{ANSWERS[language]} {i}"} for i in numbers for language in LANGUAGES])
     return folder
 
 
@@ -105,8 +105,8 @@ def by_hand(path, rows):
 
 
 def search(models, out, **flags):
-    merge.main(merge.Config(models=[str(models / "a"), str(models / "b")], weights=["search"], dev=str(models / "dev.jsonl"),
-                            held_out=str(models / "held.jsonl"), out=str(out), **flags))
+    merge.main(merge.Config(models=[str(models / "a"), str(models / "b")], weights=["search"],
+                            dev=str(models / "dev.jsonl"), held_out=str(models / "held.jsonl"), out=str(out), **flags))
     return json.loads((out / "merge_report.json").read_text(encoding="utf-8"))
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import common
+import merge
 import tiny
 import train_dpo
 import train_rm
@@ -502,6 +503,30 @@ def test_languages_margin_and_epochs_choose_rows(here, tmp_path, capsys):
 
 GOOD = {"sft": {"language": "en", "prompt": "p", "completion": "c"},
         "dpo": {"language": "en", "prompt": "p", "chosen": "c", "rejected": "r"}}
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_checkpoints_of_one_run_are_kept(here, tmp_path, name, monkeypatch):
+    """--keep 50 75: the weights as they were after half and three quarters of the steps, as whole folders."""
+    plain, seen = common.optimizer_step, []
+
+    def step(model, *rest):
+        norm = plain(model, *rest)
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return norm
+
+    monkeypatch.setattr(common, "optimizer_step", step)
+    run(name, *inputs(here, name), "--out", tmp_path / "out", "--max_steps", 8, "--keep", 50, 75, *FLAT)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["at-50", "at-75"]
+    for folder, number in (("at-50", 4), ("at-75", 6), (".", 8)):
+        model = load(tmp_path / "out" / folder)
+        assert all(torch.equal(p, seen[number - 1][n]) for n, p in model.named_parameters()), folder
+        assert Chat(tmp_path / "out" / folder).vocab_size == model.cfg.vocab_size
+    merge.main(merge.Config(models=[str(tmp_path / "out" / f) for f in ("at-50", "at-75", "")], out=str(tmp_path / "m")))
+    mean = {n: (seen[3][n].double() + seen[5][n].double() + seen[7][n].double()) / 3 for n in seen[0]}
+    assert all(torch.equal(p, mean[n].float()) for n, p in load(tmp_path / "m").named_parameters())
+    with pytest.raises(SystemExit, match="--keep 100"):
+        run(name, *inputs(here, name), "--out", tmp_path / "no", "--max_steps", 2, "--keep", 100)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
