@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import common
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -179,16 +180,22 @@ def test_readme_commands_exist_and_parse():
 
 
 def test_readme_by_hand_commands_run(finished, tmp_path):
-    """The section "By hand", run for real on the smoke run's files (two that need GPUs or minutes excepted)."""
+    """The section "By hand", run for real on the smoke run's files (two that need GPUs or minutes excepted), one after
+    another in one process: what each script's own command-line test starts anew."""
     out, _ = finished
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## By hand")[1].split("```bash\n")[1].split("```")[0]
     commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("python")]
     assert len(commands) >= 7
+    todo = []
     for command in commands:
         command = re.sub(r"out/mini/", f"{out}/", command)
         command = re.sub(r"(?<= )out/(\S+)", rf"{tmp_path}/\1", command)
-        words = shlex.split(command)
-        if words[1] in ("train_sft.py", "train_rm.py", "train_dpo.py"):
+        words = shlex.split(command)[1:]
+        if words[0] in ("train_sft.py", "train_rm.py", "train_dpo.py"):
             words += ["--max_steps", "1", "--batch_size", "8"]
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode == 0, command + "\n" + done.stdout[-1500:] + done.stderr[-1500:]
+        todo.append(["", *words])
+    tiny.jobs(tmp_path / "jobs.json", {1: todo})
+    for made in ("my-sft", "my-rm", "my-dpo", "my-merge"):
+        assert (tmp_path / made / "model.safetensors").exists()
+    answers, scored = (tiny.read(tmp_path / f"{name}.jsonl") for name in ("answers", "scored"))
+    assert len(answers) == len(scored) > 0 and (tmp_path / "my-eval" / "results.json").exists()
