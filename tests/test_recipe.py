@@ -36,7 +36,7 @@ def recipe(*flags):
 
 
 def main(*flags):
-    """The same in this process, for what starts no command."""
+    """recipe.py in this process, for what starts no command."""
     recipe_file.main(common.parse_config(recipe_file.Config, list(flags)))
 
 
@@ -158,7 +158,7 @@ def test_ranks_change_the_launcher_of_training_commands_only():
 def two_ranks(finished, tmp_path_factory):
     """
     A folder with what every command of two ranks makes from the files of the run on one rank. The first is started as
-    the recipe starts it, by torchrun; the others one after another in a second group, for a start takes ten seconds.
+    the recipe starts it, by torchrun; the others one after another in a second group: starting ranks is most of the time.
     """
     if torch.cuda.is_available():
         pytest.skip("one rank has run on the GPU, two would need two")
@@ -263,8 +263,10 @@ def test_readme_commands_exist_and_parse():
 
 
 def test_readme_by_hand_commands_run(finished, tmp_path):
-    """The section "By hand", run for real on the smoke run's files (two that need GPUs or minutes excepted), one after
-    another in one process: what each script's own command-line test starts anew."""
+    """
+    The section "By hand", run for real on the smoke run's files (two that need GPUs or minutes excepted). One process
+    runs them all; that each script starts by itself is seen in the recipe.
+    """
     out, _ = finished
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## By hand")[1].split("```bash\n")[1].split("```")[0]
     commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("python")]
