@@ -300,7 +300,7 @@ def test_two_ranks_read_their_own_rows_and_save_the_same_file(tmp_path):
     code, names = tmp_path / "rank.py", ["mistral", "gemma2", "qwen2"]  # a head of its own; tied, 43 rows; biases
     code.write_text(RANK.format(root=str(HERE.parents[2]), folder=str(HERE), out=str(tmp_path), names=names),
                     encoding="utf-8")
-    tiny.script(code, ranks=2)
+    tiny.jobs(tmp_path / "jobs.json", {2: [["", code]]})
     for name in names:
         again, model = load(tmp_path / name), load(HERE / name)
         assert again.cfg == model.cfg

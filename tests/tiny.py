@@ -133,6 +133,7 @@ def fork(ranks, commands):
         if not children[-1]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            signal.alarm(500)  # ranks that wait for each other for ever end before script() gives up on their parent
             code = 1
             try:
                 run_scripts(commands)
