@@ -66,32 +66,34 @@ def slerp(a, b, t, sums=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # TIES
 
-COARSE, FINE = 1 << 16, (1 << 15) + 2  # bins of the two histograms
+COARSE, FINE = 1 << 16, 1 << 15  # bins of the two histograms
 
 
-def coarse_bins(delta):
+def coarse_bins(delta, out=None):
     """
     The upper 16 of the 31 bits of each |delta|: (n,) int32. As integers the bits of fp32 magnitudes have the order of
     the magnitudes; so a histogram of these, and a second one inside a single bin, find the k-th largest exactly,
-    without sorting; and histograms of chunks, or of all tensors of a model, add up.
+    without sorting; and histograms of chunks, or of all tensors of a model, add up. delta, (n,), is overwritten.
     """
-    return _bits(delta) >> 15
+    return torch.bitwise_right_shift(_bits(delta), 15, out=out)
 
 
 def fine_bins(delta, high):
-    """The lower 15 bits + 1 of each |delta| whose upper 16 are `high`; 0 or 32769 for smaller or larger ones: int32."""
-    return (_bits(delta) - (high << 15)).clamp_(-1, 1 << 15).add_(1)
+    """The lower 15 bits of those |delta| whose upper 16 are `high`: (how many, ) int32. delta, (n,), is overwritten."""
+    inside = _bits(delta).sub_(high << 15).numpy().view(np.uint32)  # smaller ones wrap around and are large
+    return torch.from_numpy(inside[inside < FINE].view(np.int32))  # numpy: far faster where few are picked
 
 
 def _bits(delta):
-    return delta.float().abs().flatten().view(torch.int32)
+    return delta.float().abs_().view(torch.int32)
 
 
 def find_bin(counts, k):
     """The highest bin such that it and those above hold k elements, and how many of the k it must give itself."""
-    above = counts.flip(0).cumsum(0).flip(0)
-    b = int((above >= k).sum()) - 1
-    return b, k - int(above[b] - counts[b])
+    counts = counts.numpy()[::-1]
+    above = counts.cumsum()
+    i = int(above.searchsorted(k))
+    return len(counts) - 1 - i, k - int(above[i] - counts[i])
 
 
 def kept(n, density):
@@ -101,7 +103,7 @@ def kept(n, density):
 
 def magnitude(high, counts, k):
     """The k-th largest of the fp32 magnitudes whose upper bits are `high`, from their histogram by fine_bins."""
-    low, _ = find_bin(counts[1:-1], k)
+    low, _ = find_bin(counts, k)
     return torch.tensor(high << 15 | low, dtype=torch.int32).view(torch.float32).item()
 
 
@@ -110,19 +112,20 @@ def trim_threshold(chunks, density):
     The k-th largest |x|, k = max(1, int(density * n)), over the n elements of chunks(), which yields the tensors anew
     at each call: a tensor's chunks, or those of a whole model.
     """
-    counts = sum((torch.bincount(coarse_bins(x), minlength=COARSE) for x in chunks()), torch.zeros(COARSE).long())
+    fresh = lambda: (x.flatten().clone() for x in chunks())
+    counts = sum((torch.bincount(coarse_bins(x), minlength=COARSE) for x in fresh()), torch.zeros(COARSE).long())
     if not counts.any():
         return 0.0  # an empty tensor
     high, k = find_bin(counts, kept(int(counts.sum()), density))
-    return magnitude(high, sum(torch.bincount(fine_bins(x, high), minlength=FINE) for x in chunks()), k)
+    return magnitude(high, sum(torch.bincount(fine_bins(x, high), minlength=FINE) for x in fresh()), k)
 
 
 def trim(delta, least):
-    """TIES step 1: delta where |delta| >= least (all that tie with the k-th stay), else 0. No rescaling."""
+    """TIES step 1, in place: 0 where |delta| < least; all that tie with the k-th stay. No rescaling."""
     below = float(np.nextafter(np.float32(least), np.float32(-1)))
     if delta.dtype == torch.float32:
-        return torch.nn.functional.hardshrink(delta, below)  # x where |x| > below, in one pass
-    return delta * torch.nn.functional.hardshrink(delta.float(), below).sign().abs()  # compared in fp32, as counted
+        return torch.hardshrink(delta, below, out=delta)  # x where |x| > below, else 0
+    return delta.mul_(torch.hardshrink(delta.float(), below).sign_().abs_())  # compared in fp32, as it was counted
 
 
 def elect_and_merge(base, deltas, weights, lam=1.0, normalize=True):
@@ -130,30 +133,36 @@ def elect_and_merge(base, deltas, weights, lam=1.0, normalize=True):
     TIES steps 2 and 3: elect the sign of sum_i w_i d_i per element (0 counts as +); tau = sum w_i d_i / sum w_i over
     the models whose w_i d_i has that sign, zeros never counting (normalize off: no division); theta_0 + lambda tau.
     With equal weights this is the paper's rule. Where nothing moved the base stays bit for bit.
+    deltas: (K, *base.shape), overwritten.
     """
-    terms = [d * w for d, w in zip(deltas, weights, strict=True)]
-    sign = sum(terms).sign_().mul_(2).add_(1).sign_()  # -1 or 1
-    size, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for term, w in zip(terms, weights):
-        agrees = term.mul_(sign).clamp_(min=0)  # |w_i d_i| where it has the elected sign, else 0
-        size += agrees
-        if normalize:
-            divisor.add_(agrees.sign_(), alpha=w)
+    w = torch.tensor(weights, dtype=deltas.dtype)
+    terms = deltas.view(len(w), -1).mul_(w[:, None])
+    ones = torch.ones_like(w)
+    sign = (ones @ terms).sign_().mul_(2).add_(1).sign_()  # -1 or 1; (K,) @ (K, n) is the fastest sum over models
+    agrees = terms.mul_(sign).clamp_(min=0)  # |w_i d_i| where it has the elected sign, else 0
+    tau = ones @ agrees
     if normalize:
-        size /= divisor.add_(divisor.sign().abs_().sub_(1).abs_())  # 1 where it is 0: nobody agrees, or weights cancel
-    return base - (0.0 - lam * size.mul_(sign))  # 0.0 - 0.0 is +0.0: leaves a base of -0.0 alone
+        divisor = w @ agrees.sign_()
+        tau /= divisor.add_(divisor.sign().abs_().sub_(1).abs_())  # 1 where it is 0: nobody agrees, or weights cancel
+    back = tau.mul_(sign).mul_(-lam).add_(0.0)  # + 0.0 turns -0.0 into 0.0, which leaves a base of -0.0 as it is
+    return torch.sub(base, back.view(base.shape))
 
 
 def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=None):
     """
-    TIES (algorithm 1): keep each delta's largest `density` share, then elect and merge.
+    TIES (algorithm 1): keep each delta's largest `density` share, then elect and merge. tensors: K, or (K, *shape).
     thresholds: trim_threshold() of each model's whole delta, where base and tensors are chunks.
     """
-    base, trimmed = widen(base), []
-    for i, x in enumerate(tensors):
-        d = widen(x) - base
-        trimmed.append(trim(d, thresholds[i] if thresholds else trim_threshold(lambda: [d], density)))
-    return elect_and_merge(base, trimmed, weights, lam, normalize)
+    base, deltas = widen(base), difference(base, tensors)
+    for i, d in enumerate(deltas):
+        trim(d, thresholds[i] if thresholds else trim_threshold(lambda: [d], density))
+    return elect_and_merge(base, deltas, weights, lam, normalize)
+
+
+def difference(base, tensors):
+    """theta_i - theta_0 of K models: (K, *shape), in a new tensor."""
+    tensors = tensors if isinstance(tensors, torch.Tensor) else torch.stack([widen(x) for x in tensors])
+    return widen(tensors) - widen(base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,18 +179,19 @@ def mask(seed, model, tensor, begin, end, density):
     first = begin // 8 * 8  # one step of the counter makes eight draws of 32 bits
     draws = np.random.Philox(key=key, counter=first // 8).random_raw((end - first + 1) // 2).view(np.uint32)
     last = np.uint32(max(1, round(density * 2**32)) - 1)
-    return torch.from_numpy(draws[begin - first:end - first] <= last).float()
+    return torch.from_numpy((draws[begin - first:end - first] <= last).view(np.uint8)).float()
 
 
 def dare(delta, density, kept):
-    """DARE: delta where `kept` (0 or 1 with probability density = 1 - p) is 1, times 1 / density. Unbiased."""
-    return (widen(delta) * kept).div_(density)
+    """DARE, in place: delta / density where `kept`, 0 or 1 with probability density = 1 - p, is 1; else 0. Unbiased."""
+    return delta.mul_(kept).div_(density)
 
 
 def dare_ties(base, tensors, weights, density, masks, lam=1.0, normalize=True):
     """DARE on each delta, then TIES' election and mean without a second trim. base and tensors may be chunks."""
-    base = widen(base)
-    deltas = [dare(widen(x) - base, density, m) for x, m in zip(tensors, masks, strict=True)]
+    base, deltas = widen(base), difference(base, tensors)
+    for d, kept in zip(deltas, masks, strict=True):
+        dare(d, density, kept)
     return elect_and_merge(base, deltas, weights, lam, normalize)
 
 

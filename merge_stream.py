@@ -23,7 +23,7 @@ import merge_methods as methods
 from checkpoint import Checkpoint, finite
 from common import die
 
-CHUNK = 1 << 16  # elements computed at once: in fp32 a few of them stay in a core's cache
+CHUNK = 1 << 17  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
 SPAN = 1 << 22  # elements of one tensor that a thread takes at once
 GROUP = 1 << 25  # elements of tensors that are read a second time before the next ones are read a first time
 
@@ -99,10 +99,11 @@ class Stats:
         gram = (rows @ rows.T).double()
         if has_base:
             signs = deltas.sign()
-            total = sum(signs).abs_()
+            ones = torch.ones(K, dtype=signs.dtype)
+            one_way = (ones @ signs).abs_()
             moved = signs.abs_()
             counts[:K] = origin.numel() - moved.sum(1).double()
-            counts[-2] = (sum(moved) - total).clamp_(max=1).sum()  # some +, some -
+            counts[-2] = (ones @ moved).sub_(one_way).clamp_(max=1).sum()  # some +, some -
         return gram, counts
 
     def add(self, n, gram, counts, coefficients):
@@ -176,26 +177,30 @@ def scan_dots(plan, name, begin, end, _):
 
 def scan_coarse(plan, name, begin, end, _):
     """ties: a histogram of each model's delta, (K, 65536)."""
-    return histograms(plan, name, begin, end, methods.COARSE, lambda i, delta: methods.coarse_bins(delta))
+    return histograms(plan, name, begin, end, methods.COARSE, lambda i, delta, out: methods.coarse_bins(delta, out))
 
 
 def scan_fine(plan, name, begin, end, high):
-    """ties: of each model's delta inside its bin, (K, 32770)."""
-    return histograms(plan, name, begin, end, methods.FINE, lambda i, delta: methods.fine_bins(delta, high[i]))
+    """ties: of each model's delta inside its bin, (K, 32768)."""
+    return histograms(plan, name, begin, end, methods.FINE, lambda i, delta, out: methods.fine_bins(delta, high[i]))
 
 
 def histograms(plan, name, begin, end, size, bins):
-    """The bins of many chunks are counted at once: a histogram is as large as a chunk."""
-    K, held = len(plan.parents), 0
-    many, counts = buffer("bins", K, 16 * CHUNK, dtype=torch.int32), torch.zeros(K, size, dtype=torch.int64)
+    """Histograms of each model's bins(i, delta, out) over a span: (K, size) int64."""
+    K = len(plan.parents)
+    many, held = buffer("bins", K, 8 * CHUNK, dtype=torch.int32), [0] * K
+    counts = torch.zeros(K, size, dtype=torch.int64)
     for at, rows in inputs(plan, name, begin, end):
-        n = rows.shape[1]
         for i, delta in enumerate(rows[1:].sub_(rows[0])):
-            many[i, held:held + n] = bins(i, delta)
-        held += n
-        if held + CHUNK > many.shape[1] or at + n == end:
-            counts += torch.stack([torch.bincount(row[:held], minlength=size) for row in many])
-            held = 0
+            room = many[i, held[i]:held[i] + len(delta)]
+            found = bins(i, delta, room)
+            if found is not room:
+                room[:len(found)] = found
+            held[i] += len(found)
+            if held[i] + CHUNK > many.shape[1] or at + len(delta) == end:
+                # many chunks at once: a histogram is as large as a chunk
+                counts[i] += torch.bincount(many[i, :held[i]], minlength=size)
+                held[i] = 0
     return counts
 
 
@@ -208,7 +213,7 @@ def merge_span(plan, name, begin, end, known, sink, dtype, with_stats):
     # NaN and infinity reach the result from wherever they are, but from a model of weight 0, or a base only compared with
     past = 0 in (*weights, t, 1 - t) or has_base and plan.method in ("linear", "slerp")
     for at, rows in inputs(plan, name, begin, end):
-        x, base = rows[has_base:].unbind(), rows[0]
+        x, base = rows[has_base:], rows[0]
         if plan.method == "linear":
             y = methods.linear(x, weights, plan.normalize)
         elif plan.method == "slerp":
