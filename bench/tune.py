@@ -134,7 +134,7 @@ def tune(op, cfg, arch):
         try:
             row |= compile_choice(op, cfg, arch)
             few = row["spills"] <= max(cfg.spills, (rows or [row])[0].get("spills", 0))
-            if not cfg.arch and row["fits"] and few and not row["serialised"]:
+            if not cfg.arch and row["fits"] and few:
                 row["s"], results = time_choice(op, cfg)
                 exact = exact or results  # of the current choice, which is the first
                 errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
