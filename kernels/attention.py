@@ -23,10 +23,11 @@ from ._triton import TensorDescriptor, has_tma, opaque, recorded, tl, triton, us
 from .decode import decode
 
 # Tiles for an H100 or H200, and below for an A100 (no descriptors, fewer registers to spare): (queries, keys, warps,
-# stages), by the bytes of one head's row: 256 is D = 128 in 16 bits. Nothing is tuned at start-up. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
+# stages), by the bytes of one head's row: 256 is D = 128 in 16 bits. Nothing is tuned at start-up; bench/tune.py tries
+# others. In fp32 each product is three of TF32 (tf32x3 below): nearly exact, slow, rarely needed.
 TILES = {
     "forward": {128: (128, 64, 8, 3), 256: (128, 64, 8, 3), 512: (128, 32, 8, 2), 1024: (32, 32, 4, 1)},
-    "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 4, 1)},
+    "dq": {128: (128, 64, 8, 2), 256: (128, 64, 8, 2), 512: (128, 32, 8, 2), 1024: (32, 32, 4, 1)},
     "dkdv": {128: (64, 128, 8, 2), 256: (32, 128, 8, 2), 512: (16, 64, 8, 2), 1024: (16, 32, 4, 1)},
 }
 TILES_SM80 = {

@@ -46,10 +46,10 @@ def make(family, device="cpu"):
 
 
 def batch(device="cpu"):
-    """Two packed rows: documents of 1, 1, 20 and 11 tokens, and of 33."""
-    ids = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
-    doc_start = torch.tensor([[0] + [1] + [2] * 20 + [22] * 11, [0] * 33], dtype=torch.int32)
-    mask = torch.rand((2, 33), generator=torch.Generator().manual_seed(2)) < 0.7
+    """Two packed rows: documents of 1, 1, 10 and 5 tokens, and of 17, so some are longer than the window of 9."""
+    ids = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(1))
+    doc_start = torch.tensor([[0] + [1] + [2] * 10 + [12] * 5, [0] * 17], dtype=torch.int32)
+    mask = torch.rand((2, 17), generator=torch.Generator().manual_seed(2)) < 0.7
     return ids.to(device), mask.to(device), doc_start.to(device)
 
 
