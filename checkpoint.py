@@ -81,7 +81,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder):
-        self.folder, self.table, self.file, self.begin, where = Path(folder), {}, {}, {}, {}
+        self.folder, self.table, self.file, self.begin, self.path, where = Path(folder), {}, {}, {}, {}, {}
         if not self.folder.is_dir():
             die(f"checkpoint {folder} not found: give a local folder (`hf download NAME --local-dir DIR` fetches one)")
         self.config, index = read_json(self.folder / "config.json"), self.folder / INDEX
@@ -107,7 +107,7 @@ class Checkpoint:
                     die(f"{self.folder / file}: tensor {name} is surplus, in the index it is "
                         f"{where.get(name, 'nowhere')}; copy the folder again")
                 self.table[name], self.file[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]]), file
-                self.begin[name] = entry["data_offsets"][0]
+                self.begin[name], self.path[name] = entry["data_offsets"][0], str(self.folder / file)
         for name in sorted(where.keys() - self.table.keys()):
             die(f"{self.folder / where[name]}: tensor {name} of the index is missing; copy the folder again")
 
@@ -179,7 +179,7 @@ class Checkpoint:
         threads may read at once. No mapping: mapped pages would count as this process's memory.
         """
         view, at = memoryview(out.view(torch.uint8).numpy()), self.begin[name] + begin * out.dtype.itemsize
-        fd = os.open(self.folder / self.file[name], os.O_RDONLY)
+        fd = os.open(self.path[name], os.O_RDONLY)
         try:
             while view:  # a read may be cut short, a file must not be
                 n = os.preadv(fd, [view], at)

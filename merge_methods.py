@@ -21,6 +21,11 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def total(tensors):
+    """The sum of K tensors, in a new one: for few models faster than torch's sum over a dimension."""
+    return linear(tensors, [1.0] * len(tensors), normalize=False)
+
+
 def linear(tensors, weights, normalize=True):
     """sum_i w_i x_i / sum_i w_i (model soups); normalize off: no division. A model of weight 0 is not looked at."""
     terms = [(x, w) for x, w in zip(tensors, weights, strict=True) if w != 0] or [(tensors[0], 0.0)]
@@ -41,8 +46,8 @@ def towards(base, merged, lam):
 
 def dots(a, b):
     """a.a, a.b, b.b as float64 (3,). Of a tensor: the sum over its chunks."""
-    a, b = a.flatten().double(), b.flatten().double()
-    return torch.stack([a @ a, a @ b, b @ b])
+    a, b = widen(a).flatten(), widen(b).flatten()
+    return torch.stack([a @ a, a @ b, b @ b]).double()
 
 
 def slerp_weights(sums, t):
@@ -66,22 +71,33 @@ def slerp(a, b, t, sums=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # TIES
 
-COARSE, FINE = 1 << 16, 1 << 15  # bins of the two histograms
+COARSE, FINE, WIDE = 1 << 16, 1 << 15, 7  # bins of the coarse histogram; fine bins in each; coarse bins of a bracket
 
 
-def coarse_bins(delta, out=None):
+def coarse_bins(delta):
     """
     The upper 16 of the 31 bits of each |delta|: (n,) int32. As integers the bits of fp32 magnitudes have the order of
-    the magnitudes; so a histogram of these, and a second one inside a single bin, find the k-th largest exactly,
-    without sorting; and histograms of chunks, or of all tensors of a model, add up. delta, (n,), is overwritten.
+    the magnitudes; so a histogram of these, and a finer one of a few of its bins, find the k-th largest exactly, without
+    sorting; and histograms of chunks, or of all tensors of a model, add up. delta, (n,), is overwritten.
     """
-    return torch.bitwise_right_shift(_bits(delta), 15, out=out)
+    return _bits(delta).bitwise_right_shift_(15)
 
 
-def fine_bins(delta, high):
-    """The lower 15 bits of those |delta| whose upper 16 are `high`: (how many, ) int32. delta, (n,), is overwritten."""
-    inside = _bits(delta).sub_(high << 15).numpy().view(np.uint32)  # smaller ones wrap around and are large
-    return torch.from_numpy(inside[inside < FINE].view(np.int32))  # numpy: far faster where few are picked
+def bracket_bins(delta, low):
+    """
+    What is left of the bits of those |delta| that lie in the WIDE coarse bins from `low` on: int32 below WIDE * FINE, and
+    how many |delta| lie above these bins. delta, (n,), is overwritten.
+    """
+    bits = _bits(delta).numpy()  # numpy: far faster than torch where few elements are picked
+    above = np.count_nonzero(bits >= (low + WIDE) * FINE)
+    bits -= low * FINE
+    bits = bits.view(np.uint32)  # smaller ones wrap around and are large
+    return torch.from_numpy(bits[bits < WIDE * FINE].view(np.int32)), above
+
+
+def bracket(counts, k):
+    """Where a bracket should begin so that the k-th largest is in it: counts, (65536,), may be those of a sample."""
+    return max(0, min(find_bin(counts, k)[0] - WIDE // 2, COARSE - WIDE - 1))
 
 
 def _bits(delta):
@@ -101,23 +117,25 @@ def kept(n, density):
     return max(1, int(density * n))
 
 
-def magnitude(high, counts, k):
-    """The k-th largest of the fp32 magnitudes whose upper bits are `high`, from their histogram by fine_bins."""
-    low, _ = find_bin(counts, k)
-    return torch.tensor(high << 15 | low, dtype=torch.int32).view(torch.float32).item()
+def magnitude(low, counts, above, k):
+    """
+    The k-th largest of the magnitudes of which `above` lie above the bracket that begins at `low`, and counts,
+    (WIDE * FINE,), in it. None if it is not one of these: the bracket was guessed wrong.
+    """
+    if not above < k <= above + int(counts.sum()):
+        return None
+    b, _ = find_bin(counts, k - above)
+    return torch.tensor(low * FINE + b, dtype=torch.int32).view(torch.float32).item()
 
 
-def trim_threshold(chunks, density):
-    """
-    The k-th largest |x|, k = max(1, int(density * n)), over the n elements of chunks(), which yields the tensors anew
-    at each call: a tensor's chunks, or those of a whole model.
-    """
-    fresh = lambda: (x.flatten().clone() for x in chunks())
-    counts = sum((torch.bincount(coarse_bins(x), minlength=COARSE) for x in fresh()), torch.zeros(COARSE).long())
-    if not counts.any():
-        return 0.0  # an empty tensor
-    high, k = find_bin(counts, kept(int(counts.sum()), density))
-    return magnitude(high, sum(torch.bincount(fine_bins(x, high), minlength=FINE) for x in fresh()), k)
+def trim_threshold(x, density):
+    """The k-th largest |x|, k = max(1, int(density * n)): as merge_stream.py finds it over many chunks."""
+    if not x.numel():
+        return 0.0
+    k = kept(x.numel(), density)
+    low = bracket(torch.bincount(coarse_bins(x.flatten().clone()), minlength=COARSE), k)
+    inside, above = bracket_bins(x.flatten().clone(), low)
+    return magnitude(low, torch.bincount(inside, minlength=WIDE * FINE), above, k)
 
 
 def trim(delta, least):
@@ -135,17 +153,17 @@ def elect_and_merge(base, deltas, weights, lam=1.0, normalize=True):
     With equal weights this is the paper's rule. Where nothing moved the base stays bit for bit.
     deltas: (K, *base.shape), overwritten.
     """
-    w = torch.tensor(weights, dtype=deltas.dtype)
-    terms = deltas.view(len(w), -1).mul_(w[:, None])
-    ones = torch.ones_like(w)
-    sign = (ones @ terms).sign_().mul_(2).add_(1).sign_()  # -1 or 1; (K,) @ (K, n) is the fastest sum over models
+    terms = deltas
+    if any(w != 1 for w in weights):
+        terms.mul_(torch.tensor(weights, dtype=deltas.dtype).view(-1, *[1] * base.ndim))
+    sign = total(terms).sign_().mul_(2).add_(1).sign_()  # -1 or 1
     agrees = terms.mul_(sign).clamp_(min=0)  # |w_i d_i| where it has the elected sign, else 0
-    tau = ones @ agrees
+    tau = total(agrees)
     if normalize:
-        divisor = w @ agrees.sign_()
+        divisor = linear(agrees.sign_(), weights, normalize=False)
         tau /= divisor.add_(divisor.sign().abs_().sub_(1).abs_())  # 1 where it is 0: nobody agrees, or weights cancel
-    back = tau.mul_(sign).mul_(-lam).add_(0.0)  # + 0.0 turns -0.0 into 0.0, which leaves a base of -0.0 as it is
-    return torch.sub(base, back.view(base.shape))
+    tau.mul_(sign).mul_(-lam).add_(0.0)  # + 0.0 turns -0.0 into 0.0, which leaves a base of -0.0 as it is
+    return torch.sub(base, tau, out=tau)
 
 
 def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=None):
@@ -155,7 +173,7 @@ def ties(base, tensors, weights, density, lam=1.0, normalize=True, thresholds=No
     """
     base, deltas = widen(base), difference(base, tensors)
     for i, d in enumerate(deltas):
-        trim(d, thresholds[i] if thresholds else trim_threshold(lambda: [d], density))
+        trim(d, thresholds[i] if thresholds else trim_threshold(d, density))
     return elect_and_merge(base, deltas, weights, lam, normalize)
 
 

@@ -17,14 +17,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import merge_methods as methods
 from checkpoint import Checkpoint, finite
 from common import die
 
-CHUNK = 1 << 17  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
-SPAN = 1 << 22  # elements of one tensor that a thread takes at once
+CHUNK = 1 << 18  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
+SPAN = 1 << 20  # elements of one tensor that a thread takes at once
+RUN = 1 << 16  # elements of a sample that are read at once
 GROUP = 1 << 25  # elements of tensors that are read a second time before the next ones are read a first time
 
 
@@ -90,21 +92,17 @@ class Stats:
         Of one chunk: (inner products (R, R), counts (K + 2,)), fp64. rows (R, n): the base and the models, or the
         models alone, and what is left there afterwards are differences; y: merged; out: y as it is stored.
         """
-        origin, deltas = rows[0], rows[1:]
-        K = len(rows) - has_base
+        origin, deltas, K = rows[0], rows[1:], len(rows) - has_base
         counts = torch.zeros(K + 2).double()
         if has_base and out.dtype != y.dtype:
-            counts[-1] = (y - origin).sign_().abs_().sum() - (out.to(y.dtype) - origin).sign_().abs_().sum()
+            differs = lambda z: np.count_nonzero(z.numpy() != origin.numpy())  # numpy: counting is several times faster
+            counts[-1] = differs(y) - differs(out.to(y.dtype))
         deltas -= origin
-        gram = (rows @ rows.T).double()
         if has_base:
-            signs = deltas.sign()
-            ones = torch.ones(K, dtype=signs.dtype)
-            one_way = (ones @ signs).abs_()
-            moved = signs.abs_()
-            counts[:K] = origin.numel() - moved.sum(1).double()
-            counts[-2] = (ones @ moved).sub_(one_way).clamp_(max=1).sum()  # some +, some -
-        return gram, counts
+            d = deltas.numpy()
+            counts[:K] = torch.from_numpy(d.shape[1] - np.count_nonzero(d != 0, axis=1))
+            counts[-2] = np.count_nonzero((d.max(0) > 0) & (d.min(0) < 0))
+        return (rows @ rows.T).double(), counts
 
     def add(self, n, gram, counts, coefficients):
         """One tensor of n elements. coefficients (K,): what the models' values were multiplied with in the merge."""
@@ -175,33 +173,45 @@ def scan_dots(plan, name, begin, end, _):
     return sum((methods.dots(*rows[-2:]) for _, rows in inputs(plan, name, begin, end)), torch.zeros(3).double())
 
 
-def scan_coarse(plan, name, begin, end, _):
-    """ties: a histogram of each model's delta, (K, 65536)."""
-    return histograms(plan, name, begin, end, methods.COARSE, lambda i, delta, out: methods.coarse_bins(delta, out))
+class Histogram:
+    """Counts of many chunks' bins: (size,) int64. A histogram is as large as a chunk, so bins are collected first."""
+
+    def __init__(self, key, size):
+        self.bins, self.held = buffer(f"bins {key}", SPAN, dtype=torch.int32), 0
+        self.counts = torch.zeros(size, dtype=torch.int64)
+
+    def add(self, bins):
+        """At most CHUNK of them."""
+        if self.held + len(bins) > len(self.bins):
+            self.total()
+        self.bins[self.held:self.held + len(bins)] = bins
+        self.held += len(bins)
+
+    def total(self):
+        self.counts += torch.bincount(self.bins[:self.held], minlength=len(self.counts))
+        self.held = 0
+        return self.counts
 
 
-def scan_fine(plan, name, begin, end, high):
-    """ties: of each model's delta inside its bin, (K, 32768)."""
-    return histograms(plan, name, begin, end, methods.FINE, lambda i, delta, out: methods.fine_bins(delta, high[i]))
+def scan_coarse(plan, name, begin, end, every):
+    """ties: a histogram of each model's delta, (K, 65536), of every 1st, 2nd ... run of RUN elements."""
+    found = [Histogram(i, methods.COARSE) for i in range(len(plan.parents))]
+    for run in range(begin, end, every * RUN):
+        for _, rows in inputs(plan, name, run, min(end, run + RUN)):
+            for delta, histogram in zip(rows[1:].sub_(rows[0]), found):
+                histogram.add(methods.coarse_bins(delta))
+    return torch.stack([histogram.total() for histogram in found])
 
 
-def histograms(plan, name, begin, end, size, bins):
-    """Histograms of each model's bins(i, delta, out) over a span: (K, size) int64."""
-    K = len(plan.parents)
-    many, held = buffer("bins", K, 8 * CHUNK, dtype=torch.int32), [0] * K
-    counts = torch.zeros(K, size, dtype=torch.int64)
-    for at, rows in inputs(plan, name, begin, end):
+def scan_bracket(plan, name, begin, end, low):
+    """ties: of each model's delta how many lie above its bracket, and the histogram inside: (K, 1 + WIDE * FINE)."""
+    found, above = [Histogram(i, methods.WIDE * methods.FINE) for i in range(len(low))], [0] * len(low)
+    for _, rows in inputs(plan, name, begin, end):
         for i, delta in enumerate(rows[1:].sub_(rows[0])):
-            room = many[i, held[i]:held[i] + len(delta)]
-            found = bins(i, delta, room)
-            if found is not room:
-                room[:len(found)] = found
-            held[i] += len(found)
-            if held[i] + CHUNK > many.shape[1] or at + len(delta) == end:
-                # many chunks at once: a histogram is as large as a chunk
-                counts[i] += torch.bincount(many[i, :held[i]], minlength=size)
-                held[i] = 0
-    return counts
+            inside, more = methods.bracket_bins(delta, low[i])
+            found[i].add(inside)
+            above[i] += more
+    return torch.cat([torch.tensor(above)[:, None], torch.stack([histogram.total() for histogram in found])], 1)
 
 
 def merge_span(plan, name, begin, end, known, sink, dtype, with_stats):
@@ -262,11 +272,11 @@ def copy_span(plan, name, begin, end, sink):
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole model
 
-def spans(plan, names):
+def spans(plan, names, size=None):
     """(name, begin, end) of every span, in order."""
     for name in names:
-        n = math.prod(plan.parents[0].table[name][0])
-        yield from ((name, begin, min(n, begin + SPAN)) for begin in range(0, n, SPAN))
+        n, step = math.prod(plan.parents[0].table[name][0]), size or SPAN
+        yield from ((name, begin, min(n, begin + step)) for begin in range(0, n, step))
 
 
 def groups(plan, names):
@@ -287,7 +297,7 @@ def scan(pool, plan, names, function, unit, known=None):
     unit(name) ends, so that a histogram needs no memory once it is complete. known: unit -> what the function must
     know.
     """
-    jobs = list(spans(plan, names))
+    jobs = list(spans(plan, names, 4 * SPAN))  # histograms are large: fewer of them to add up
     work = lambda job: function(plan, *job, known[unit(job[0])] if known else None)
     here, total = None, None
     for (name, *_), part in zip(jobs, pool.map(work, jobs)):
@@ -301,17 +311,25 @@ def scan(pool, plan, names, function, unit, known=None):
 
 def thresholds(pool, plan, names, unit):
     """
-    TIES step 1 in two passes: name -> the K magnitudes from which on a delta is kept; one for each model and
-    unit(name), which is a tensor or the whole model.
+    TIES step 1: name -> the K magnitudes from which on a delta is kept; one for each model and unit(name), a tensor or
+    the whole model. A histogram of a sample (half a million elements or more) tells about where they lie; a pass over all
+    elements counts exactly, and shows if the guess was wrong; then the sample is everything.
     """
-    size, bins, least = Counter(), {}, {}
+    size, least = Counter(), {}
     for name in names:
         size[unit(name)] += math.prod(plan.parents[0].table[name][0])
-    for u, counts in scan(pool, plan, names, scan_coarse, unit):
-        bins[u] = [methods.find_bin(row, methods.kept(size[u], plan.density)) for row in counts]
-    for u, counts in scan(pool, plan, names, scan_fine, unit, {u: [high for high, _ in b] for u, b in bins.items()}):
-        least[u] = [methods.magnitude(high, row, k) for (high, k), row in zip(bins[u], counts)]
-    return {name: least.get(unit(name)) for name in names}
+    every = {u: max(1, min(16, n >> 19)) for u, n in size.items()}
+    while names:
+        low = {}
+        for u, counts in scan(pool, plan, names, scan_coarse, unit, every):
+            k = max(1, round(methods.kept(size[u], plan.density) * int(counts[0].sum()) / size[u]))
+            low[u] = [methods.bracket(row, k) for row in counts]
+        for u, counts in scan(pool, plan, names, scan_bracket, unit, low):
+            k = methods.kept(size[u], plan.density)
+            least[u] = [methods.magnitude(l, row[1:], int(row[0]), k) for l, row in zip(low[u], counts)]
+        names = [name for name in names if None in least.get(unit(name), ())]
+        every = dict.fromkeys(every, 1)
+    return {name: least[unit(name)] for name in plan.parents[0].table if unit(name) in least}
 
 
 def merge(plan, sink, threads=0, with_stats=True, bar=None):
