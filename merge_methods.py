@@ -45,7 +45,7 @@ def towards(base, merged, lam):
 # SLERP
 
 def dots(a, b):
-    """a.a, a.b, b.b as float64 (3,). Of a tensor: the sum over its chunks."""
+    """a.a, a.b, b.b, as float64 (3,). Of a tensor: the sum over its chunks, which are added up in fp64."""
     a, b = widen(a).flatten(), widen(b).flatten()
     return torch.stack([a @ a, a @ b, b @ b]).double()
 
@@ -64,7 +64,7 @@ def slerp_weights(sums, t):
 
 
 def slerp(a, b, t, sums=None):
-    """Shoemake's formula with the lengths left as they are. sums: dots() of the whole tensors, where a, b are chunks."""
+    """Shoemake's formula, the lengths left as they are. sums: dots() of the whole tensors, where a and b are chunks."""
     return linear([a, b], slerp_weights(dots(a, b) if sums is None else sums, t), normalize=False)
 
 
@@ -85,11 +85,11 @@ def coarse_bins(delta):
 
 def bracket_bins(delta, low):
     """
-    What is left of the bits of those |delta| that lie in the WIDE coarse bins from `low` on: int32 below WIDE * FINE, and
-    how many |delta| lie above these bins. delta, (n,), is overwritten.
+    What is left of the bits of those |delta| that lie in the WIDE coarse bins from `low` on: int32 below WIDE * FINE;
+    and how many |delta| lie above these bins. delta, (n,), is overwritten.
     """
     bits = _bits(delta).numpy()  # numpy: far faster than torch where few elements are picked
-    above = np.count_nonzero(bits >= (low + WIDE) * FINE)
+    above = np.count_nonzero(bits > (low + WIDE) * FINE - 1)  # at most 2**31 - 1: fits
     bits -= low * FINE
     bits = bits.view(np.uint32)  # smaller ones wrap around and are large
     return torch.from_numpy(bits[bits < WIDE * FINE].view(np.int32)), above
@@ -97,7 +97,7 @@ def bracket_bins(delta, low):
 
 def bracket(counts, k):
     """Where a bracket should begin so that the k-th largest is in it: counts, (65536,), may be those of a sample."""
-    return max(0, min(find_bin(counts, k)[0] - WIDE // 2, COARSE - WIDE - 1))
+    return max(0, min(find_bin(counts, k)[0] - WIDE // 2, COARSE - WIDE))
 
 
 def _bits(delta):

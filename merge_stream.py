@@ -4,7 +4,7 @@ A merge of any size in the memory of a few chunks: what merge.py and its weight 
 A tensor is cut into spans, spans into chunks. Threads take spans; for each chunk they read every model's bytes with
 pread into buffers of their own, compute, and hand the result to `sink(name, begin, chunk)`, so that reads, arithmetic
 and writes of different chunks overlap. Nothing is ever as large as a tensor (the embedding of aya-expanse-32b: 4.2 GB).
-What SLERP and TIES must know of a whole tensor takes one or two passes over it first; tensors are taken in groups of
+What SLERP and TIES must know of a whole tensor takes a pass or two over it first; tensors are taken in groups of
 GROUP elements, so that a pass finds in the page cache what the pass before it has read.
 """
 
@@ -24,9 +24,9 @@ import merge_methods as methods
 from checkpoint import Checkpoint, finite
 from common import die
 
-CHUNK = 1 << 18  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
+CHUNK = 1 << 19  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
 SPAN = 1 << 20  # elements of one tensor that a thread takes at once
-RUN = 1 << 16  # elements of a sample that are read at once
+SAMPLE, RUN = 1 << 19, 1 << 16  # elements of a tensor that guess where a threshold lies; as many are read at once
 GROUP = 1 << 25  # elements of tensors that are read a second time before the next ones are read a first time
 
 
@@ -101,11 +101,12 @@ class Stats:
         if has_base:
             d = deltas.numpy()
             counts[:K] = torch.from_numpy(d.shape[1] - np.count_nonzero(d != 0, axis=1))
-            counts[-2] = np.count_nonzero((d.max(0) > 0) & (d.min(0) < 0))
+            most, least = functools.reduce(np.maximum, d), functools.reduce(np.minimum, d)
+            counts[-2] = np.count_nonzero((most > 0) & (least < 0))
         return (rows @ rows.T).double(), counts
 
     def add(self, n, gram, counts, coefficients):
-        """One tensor of n elements. coefficients (K,): what the models' values were multiplied with in the merge."""
+        """n elements of one tensor. coefficients (K,): what the models' values were multiplied with in the merge."""
         self.n, self.counts = self.n + n, self.counts + counts
         if self.has_base:
             self.size, self.gram = self.size + gram[0, 0].item(), self.gram + gram[1:, 1:]
@@ -272,10 +273,10 @@ def copy_span(plan, name, begin, end, sink):
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole model
 
-def spans(plan, names, size=None):
-    """(name, begin, end) of every span, in order."""
+def spans(plan, names, step):
+    """(name, begin, end) of every span of `step` elements, in order."""
     for name in names:
-        n, step = math.prod(plan.parents[0].table[name][0]), size or SPAN
+        n = math.prod(plan.parents[0].table[name][0])
         yield from ((name, begin, min(n, begin + step)) for begin in range(0, n, step))
 
 
@@ -312,13 +313,13 @@ def scan(pool, plan, names, function, unit, known=None):
 def thresholds(pool, plan, names, unit):
     """
     TIES step 1: name -> the K magnitudes from which on a delta is kept; one for each model and unit(name), a tensor or
-    the whole model. A histogram of a sample (half a million elements or more) tells about where they lie; a pass over all
-    elements counts exactly, and shows if the guess was wrong; then the sample is everything.
+    the whole model. A histogram of a sample (SAMPLE elements or more) tells about where they lie; a pass over
+    all elements counts exactly, and shows if the guess was wrong; then the sample is everything.
     """
     size, least = Counter(), {}
     for name in names:
         size[unit(name)] += math.prod(plan.parents[0].table[name][0])
-    every = {u: max(1, min(16, n >> 19)) for u, n in size.items()}
+    every = {u: max(1, min(16, n // SAMPLE)) for u, n in size.items()}
     while names:
         low = {}
         for u, counts in scan(pool, plan, names, scan_coarse, unit, every):
@@ -339,7 +340,7 @@ def merge(plan, sink, threads=0, with_stats=True, bar=None):
     Raises SystemExit, with one line, on NaN, infinity, overflow of the output's dtype, and integers that differ.
     """
     table, before, stats, K = plan.table(), torch.get_num_threads(), {}, len(plan.parents)
-    floats = [name for name in table if table[name][1].is_floating_point]
+    floats = {name: None for name in table if table[name][1].is_floating_point}  # a set in order
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads or min(8, cores), initializer=torch.set_num_threads, initargs=(1,))
     # glibc's malloc keeps freed blocks up to the size of the largest one it has seen freed (32 MB at most): without this
@@ -347,7 +348,7 @@ def merge(plan, sink, threads=0, with_stats=True, bar=None):
     torch.empty(31 << 20, dtype=torch.uint8)
     try:
         if plan.method == "ties" and plan.trim == "model":
-            whole = thresholds(pool, plan, floats, lambda name: "model")
+            whole = thresholds(pool, plan, list(floats), lambda name: "model")
         for names in groups(plan, table):
             part, known = [name for name in names if name in floats], {}
             if plan.method == "slerp":
@@ -360,7 +361,7 @@ def merge(plan, sink, threads=0, with_stats=True, bar=None):
                     return copy_span(plan, *job, sink)
                 return merge_span(plan, *job, known.get(job[0]), sink, table[job[0]][1], with_stats)
 
-            jobs = list(spans(plan, names))
+            jobs = list(spans(plan, names, SPAN))
             for (name, begin, end), found in zip(jobs, pool.map(work, jobs)):
                 if bar is not None:
                     bar.update((end - begin) * table[name][1].itemsize)

@@ -274,6 +274,30 @@ def test_trim_threshold_is_the_kth_magnitude():
     assert methods.trim_threshold(torch.zeros(0), 0.5) == 0.0
 
 
+def test_a_threshold_whose_bracket_was_guessed_wrong(tmp_path, monkeypatch):
+    """
+    The first runs of a tensor, all that the sample sees, moved a thousand times as far as the rest: the exact pass must
+    notice, and the threshold is still the k-th. Also where most of a delta is 0, and where one number is all there is.
+    """
+    for name, value in (("CHUNK", 64), ("SPAN", 256), ("RUN", 64), ("SAMPLE", 1024)):
+        monkeypatch.setattr(merge_stream, name, value)
+    plain, passes = merge_stream.scan, []
+    monkeypatch.setattr(merge_stream, "scan", lambda pool, plan, names, f, *a: passes.append(f.__name__) or plain(
+        pool, plan, names, f, *a))
+    n, g = 2048, torch.Generator().manual_seed(2)
+    base = torch.zeros(n)
+    cases = {"far": torch.randn(n, generator=g), "zeros": torch.zeros(n), "one": torch.full((n,), 0.25)}
+    for begin in range(0, n, 128):
+        cases["far"][begin:begin + 64] *= 1000
+    cases["zeros"][5] = 1.0
+    write(tmp_path / "base", {f"model.{k}": base.clone() for k in cases})
+    write(tmp_path / "m", {f"model.{k}": x for k, x in cases.items()})
+    got = run(tmp_path / "out", [tmp_path / "m"], method="ties", base=tmp_path / "base", density=0.3)
+    for k, x in cases.items():
+        assert np.array_equal(got[f"model.{k}"].numpy(), np_trim(x.numpy(), 0.3).astype(np.float32)), k
+    assert passes == ["scan_coarse", "scan_bracket"] * 2
+
+
 def test_dare_by_hand():
     delta, kept = torch.arange(1.0, 9.0), t(1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0)
     assert methods.dare(delta, 0.25, kept).tolist() == [4.0, 0.0, 0.0, 16.0, 0.0, 24.0, 28.0, 0.0]
@@ -399,7 +423,7 @@ def test_ends_and_single_models(family):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_order_of_models_does_not_matter(family, method):
-    names, weights = ["a", "b", "c"], {"a": 1.0, "b": 2.0, "c": 0.5}
+    weights = {"a": 1.0, "b": 2.0, "c": 0.5}
     outs = []
     for i, order in enumerate((["a", "b", "c"], ["c", "a", "b"], ["b", "a", "c"])):
         outs.append(run(family / f"o{i}", [family / n for n in order], method=method, base=family / "base",

@@ -208,12 +208,44 @@ def test_two_ranks_sample_and_score_the_same_rows(finished, two_ranks, file):
         assert b == {k: pytest.approx(v, abs=1e-4) if "reward" in k else v for k, v in a.items()}
 
 
+@pytest.mark.parametrize("how", ["checkpoints", "search"])
+def test_what_a_stage_merges(finished, tmp_path, how):
+    """--merge checkpoints: also the runs' earlier ones, uniformly; --merge search: the models, by weights it chose."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out, symlinks=True)
+    for stamp in (out / "stages").iterdir():
+        stamp.write_text(stamp.read_text(encoding="utf-8").replace(str(finished[0]), str(out)), encoding="utf-8")
+        if stamp.stem not in ("data", "base", "teachers", "rm", "arbitrage"):
+            stamp.unlink()
+    done = recipe("--out", str(out), "--merge", how, "--until", "sft")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((out / "sft" / "merge_report.json").read_text(encoding="utf-8"))
+    folders = [f"sft-{g}{at}" for g in ("west", "east") for at in (("/at-50", "/at-75", "") if how == "checkpoints" else ("",))]
+    assert report["models"] == [f"{out}/{folder}" for folder in folders]
+    models, merged = [load_file(out / folder / "model.safetensors") for folder in folders], load_file(
+        out / "sft" / "model.safetensors")
+    weights = report["settings"]["weights"]
+    for name, x in merged.items():
+        mean = sum(w * m[name].double() for w, m in zip(weights, models)) / sum(weights)
+        if how == "search":
+            base = load_file(out / "base" / "model.safetensors")[name].double()
+            mean = base + report["settings"]["lam"] * (mean - base)
+        assert torch.allclose(x.double(), mean, rtol=1e-6, atol=1e-7), name
+    same = (out / "sft-west" / "model.safetensors").read_bytes()  # keeping checkpoints changes nothing of the training
+    assert same == (finished[0] / "sft-west" / "model.safetensors").read_bytes()
+    if how == "checkpoints":
+        assert weights == [1.0] * 6 and any(not torch.equal(models[0][n], models[2][n]) for n in merged)
+    else:
+        assert report["search"]["held_out"].keys() >= {"uniform", "chosen"} and len(report["search"]["tried"]) > 6
+
+
 @pytest.mark.parametrize("preset", ["8b", "32b"])
-def test_presets_for_real_checkpoints_print_commands_that_parse(preset, capsys):
+@pytest.mark.parametrize("how", ["models", "checkpoints", "search"])
+def test_presets_for_real_checkpoints_print_commands_that_parse(preset, how, capsys):
     import arbitrage, eval as evaluation, merge, reward, train_dpo, train_rm, train_sft
     modules = (arbitrage, evaluation, merge, reward, train_dpo, train_rm, train_sft)
     scripts = {m.__file__.rpartition("/")[2]: m for m in modules}
-    main("--preset", preset)
+    main("--preset", preset, "--merge", how)
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith(("python", "torchrun"))]
     assert len(commands) > 25
