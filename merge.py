@@ -252,6 +252,8 @@ class Output:
             os.close(self.open.popitem()[1])
         for future in self.finished if not failed else ():
             future.result()
+        if self.open:
+            raise RuntimeError(f"not all of {', '.join(map(str, self.open))} was written: a mistake in merge_stream.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,14 @@ def table_of(report):
     """The statistics of a report as a markdown table."""
     names, first = report["names"], next(iter(report["groups"].values()))
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    show = lambda x, form: "-" if x is None else format(x, form)
+    show = lambda x: "-" if x is None else format(x, ".4f")
+
+    def cosines(table):
+        found = [table[i][j] for i, j in pairs]
+        if len(found) > 6 and None not in found:
+            return f"{show(min(found))} to {show(max(found))}"
+        return " ".join(map(show, found))
+
     head = ["tensors", "parameters", f"norm of each delta / norm of the {report['delta_to']}",
             f"cosines of {report['cosine_of']}" if pairs else ""]
     if "sign_conflicts" in first:
@@ -269,7 +278,7 @@ def table_of(report):
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for group, g in report["groups"].items():
         cells = [group, f"{g['parameters']:,}", " ".join(f"{d / (g['norm'] or 1):.2e}" for d in g["delta_norm"]),
-                 " ".join(show(g["cosine"][i][j], ".4f") for i, j in pairs)]
+                 cosines(g["cosine"])]
         if "sign_conflicts" in first:
             cells += [f"{g['sign_conflicts']:.1%}", " ".join(f"{u:.1%}" for u in g["unchanged"]),
                       f"{g['rounded_away']:.1%}"]

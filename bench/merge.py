@@ -110,6 +110,7 @@ def copy(sources, target, threads):
         if to is not None:
             os.pwrite(to, memoryview(data)[:n], begin)
 
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted
     target.mkdir(parents=True)
     begin, jobs, open_files = time.perf_counter(), [], []
     for path in sorted(sources[0].glob("*.safetensors")):
