@@ -300,7 +300,7 @@ def card(report, title):
                       *(f"| {name} | {w} |" for name, w in zip(report["names"], weights)),
                       *([f"| {report['base_name']} | base |"] if report["base"] else []), "",
                       f"Settings: {', '.join(f'{k} {v}' for k, v in [*shown.items(), ('dtype', report['dtype'])])}.",
-                      "", table_of(report), ""])
+                      "", table_of(report), "", f"(Measured on {report['measured_on']}.)", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,6 +363,7 @@ def main(cfg):
                       "settings": {flag: used.get(flag, getattr(cfg, flag)) for flag in USES[cfg.method]},
                       "delta_to": "base" if cfg.base else "merge", "cosine_of": "deltas" if cfg.base else "weights",
                       "groups": {group: s.as_dict() for group, s in sorted(stats.items())}, "search": searched,
+                      "measured_on": f"all elements of small tensors, a million of every {merge_stream.LOOK} million of large ones",
                       "bytes": total, "seconds": time.time() - begin, "streaming_seconds": seconds, "argv": sys.argv,
                       "commit": git_commit()}
             text = json.dumps(report, indent=1, ensure_ascii=False)

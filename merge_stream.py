@@ -27,6 +27,7 @@ from common import die
 CHUNK = 1 << 19  # elements computed at once: smaller, and Python costs more than arithmetic; larger, and caches miss
 SPAN = 1 << 20  # elements of one tensor that a thread takes at once
 SAMPLE, RUN = 1 << 19, 1 << 16  # elements of a tensor that guess where a threshold lies; as many are read at once
+LOOK = 4  # of a tensor's spans, the first and every 4th after it are looked at for the report: exact up to SPAN elements
 GROUP = 1 << 25  # elements of tensors that are read a second time before the next ones are read a first time
 
 
@@ -78,7 +79,8 @@ class Stats:
     """
     Sums over a group of tensors. The deltas are to the base, or without one to the merge itself. A tensor comes as the
     inner products of `rows`: its origin (the base, or without one the first model) and what the models differ from it
-    by; with a base also counts. All else follows from these few numbers, so that it costs one small matrix product.
+    by; with a base also counts. All else follows from these few numbers, so that it costs one small matrix product. Of
+    large tensors one span in LOOK is measured and stands for the others.
     """
 
     def __init__(self, K, has_base):
@@ -106,7 +108,7 @@ class Stats:
         return (rows @ rows.T).double(), counts
 
     def add(self, n, gram, counts, coefficients):
-        """n elements of one tensor. coefficients (K,): what the models' values were multiplied with in the merge."""
+        """What stands for n elements of one tensor. coefficients (K,): what the models' values were multiplied with in the merge."""
         self.n, self.counts = self.n + n, self.counts + counts
         if self.has_base:
             self.size, self.gram = self.size + gram[0, 0].item(), self.gram + gram[1:, 1:]
@@ -124,7 +126,7 @@ class Stats:
         inner = self.gram if self.has_base else self.weights  # of the deltas; without a base of the models themselves
         lengths = inner.diag().clamp(min=0).sqrt()
         cosine = (inner / torch.outer(lengths, lengths)).tolist()  # 0 / 0 for a model that did not move: null
-        report = {"parameters": self.n, "norm": math.sqrt(max(0.0, self.size)),
+        report = {"parameters": round(self.n), "norm": math.sqrt(max(0.0, self.size)),
                   "delta_norm": self.gram.diag().clamp(min=0).sqrt().tolist(),
                   "cosine": [[c if math.isfinite(c) else None for c in row] for row in cosine]}
         if self.has_base:
@@ -359,15 +361,20 @@ def merge(plan, sink, threads=0, with_stats=True, bar=None):
             def work(job):
                 if not table[job[0]][1].is_floating_point:
                     return copy_span(plan, *job, sink)
-                return merge_span(plan, *job, known.get(job[0]), sink, table[job[0]][1], with_stats)
+                look = with_stats and job[1] // SPAN % LOOK == 0
+                return merge_span(plan, *job, known.get(job[0]), sink, table[job[0]][1], look)
 
             jobs = list(spans(plan, names, SPAN))
             for (name, begin, end), found in zip(jobs, pool.map(work, jobs)):
                 if bar is not None:
                     bar.update((end - begin) * table[name][1].itemsize)
-                for group in (group_of(name), "all") if found is not None else ():
-                    stats.setdefault(group, Stats(K, plan.base is not None)).add(
-                        end - begin, *found, coefficients(plan, name, known.get(name)))
+                if found is not None:
+                    size = math.prod(table[name][0])
+                    seen = sum(min(SPAN, size - at) for at in range(0, size, SPAN * LOOK))
+                    n, gram, counts = ((end - begin) * size / seen, *(part * (size / seen) for part in found))
+                    for group in (group_of(name), "all"):
+                        stats.setdefault(group, Stats(K, plan.base is not None)).add(
+                            n, gram, counts, coefficients(plan, name, known.get(name)))
     finally:  # also where one failed: what has not begun is not begun
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
