@@ -126,6 +126,10 @@ def test_search_by_log_probability(models, tmp_path, capsys):
     assert found["weights"] == best["weights"] and found["lam"] == best["lam"]
     assert sorted({p["lam"] for p in found["tried"]}) == [0.25, 0.5, 0.75, 1.0, 1.25]
     assert len([p for p in found["tried"] if p["lam"] == 1.0]) <= 12
+    far = next(p for p in found["tried"] if p["lam"] == 0.25)  # lambda goes into what is scored, not only into the end
+    merge.main(merge.Config(models=[str(models / "a"), str(models / "b")], weights=far["weights"], lam=0.25,
+                            base=str(models / "base"), out=str(tmp_path / "far")))
+    assert far["scores"] == pytest.approx(by_hand(tmp_path / "far", dev), abs=1e-5)
     # the folder is the chosen point, and its held-out score is what that folder really scores
     hand = tmp_path / "hand"
     merge.main(merge.Config(models=[str(models / "a"), str(models / "b")], weights=found["weights"], lam=found["lam"],
