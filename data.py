@@ -203,6 +203,20 @@ def pad_batch(examples, pad, device=None):
     return ids.to(device), mask.to(device)
 
 
+def token_batches(lengths, batch_tokens):
+    """
+    Yields lists of row numbers, the shortest rows first. A batch has at most batch_tokens tokens, padding included, or
+    is one row.
+    """
+    order, begin = sorted(range(len(lengths)), key=lengths.__getitem__), 0
+    while begin < len(order):
+        end = begin + 1
+        while end < len(order) and (end + 1 - begin) * lengths[order[end]] <= batch_tokens:
+            end += 1
+        yield order[begin:end]
+        begin = end
+
+
 def pack_batch(examples, device=None):
     """
     The same examples end to end in one row, without padding: ids (1, T), loss_mask (1, T), doc_start (1, T) int32.

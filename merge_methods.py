@@ -97,7 +97,7 @@ def bracket_bins(delta, low):
 
 def bracket(counts, k):
     """Where a bracket should begin so that the k-th largest is in it: counts, (65536,), may be those of a sample."""
-    return max(0, min(find_bin(counts, k)[0] - WIDE // 2, COARSE - WIDE))
+    return max(0, min(find_bin(counts, k) - WIDE // 2, COARSE - WIDE))
 
 
 def _bits(delta):
@@ -105,11 +105,8 @@ def _bits(delta):
 
 
 def find_bin(counts, k):
-    """The highest bin such that it and those above hold k elements, and how many of the k it must give itself."""
-    counts = counts.numpy()[::-1]
-    above = counts.cumsum()
-    i = int(above.searchsorted(k))
-    return len(counts) - 1 - i, k - int(above[i] - counts[i])
+    """The highest bin such that it and those above hold k elements."""
+    return len(counts) - 1 - int(counts.numpy()[::-1].cumsum().searchsorted(k))
 
 
 def kept(n, density):
@@ -124,8 +121,7 @@ def magnitude(low, counts, above, k):
     """
     if not above < k <= above + int(counts.sum()):
         return None
-    b, _ = find_bin(counts, k - above)
-    return torch.tensor(low * FINE + b, dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(low * FINE + find_bin(counts, k - above), dtype=torch.int32).view(torch.float32).item()
 
 
 def trim_threshold(x, density):

@@ -25,7 +25,7 @@ import torch
 import merge_stream
 from chat import Chat
 from common import die, init_distributed
-from data import drop_long, encode_row, pad_batch, read_rows
+from data import drop_long, encode_row, pad_batch, read_rows, token_batches
 from generate import complete
 from model import load
 from reward import load_reward_model
@@ -58,11 +58,10 @@ def logp_scores(model, chat, rows):
     kept, dropped = drop_long(examples, MAX_TOKENS, [r["language"] for r in rows])
     if dropped:
         print(f"not scored, longer than {MAX_TOKENS} tokens: {dropped}")
-    order, device = sorted(kept, key=lambda i: len(examples[i].ids)), next(model.parameters()).device
+    device = next(model.parameters()).device
     total, tokens = dict.fromkeys((rows[i]["language"] for i in kept), 0.0), {}
-    while order:
-        n = max(1, min(len(order), BATCH_TOKENS // len(examples[order[-1]].ids)))  # the longest ones that are left
-        batch, order = order[-n:], order[:-n]
+    for batch in token_batches([len(examples[i].ids) for i in kept], BATCH_TOKENS):
+        batch = [kept[i] for i in batch]
         ids, mask = pad_batch([examples[i] for i in batch], chat.pad, device)
         for i, logp in zip(batch, model.token_logps(ids, mask).sum(1).tolist()):
             language = rows[i]["language"]

@@ -27,7 +27,7 @@ from chat import Chat
 from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
-from data import Example, encode_row, pad_batch, read_rows, write_rows
+from data import Example, encode_row, pad_batch, read_rows, token_batches, write_rows
 from model import Linear, Transformer, causal, fill, write_checkpoint
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
@@ -164,18 +164,13 @@ def score(model, chat, pairs, batch_tokens=8192):
     device = next(model.parameters()).device
     unique = list(dict.fromkeys((json.dumps(p), c) for p, c in pairs))
     mine = [(key, model.encode(chat, json.loads(key[0]), key[1])) for key in unique[common.rank()::common.world()]]
-    mine.sort(key=lambda item: len(item[1]))
-    found, begin = {}, 0
+    found = {}
     with common.unsharded(model):
-        while begin < len(mine):
-            end = begin + 1
-            while end < len(mine) and (end + 1 - begin) * len(mine[end][1]) <= batch_tokens:
-                end += 1
-            rows = [ids for _, ids in mine[begin:end]]
+        for batch in token_batches([len(ids) for _, ids in mine], batch_tokens):
+            rows = [mine[i][1] for i in batch]
             ids, _ = pad_batch([Example(row, [False] * len(row)) for row in rows], chat.pad, device)
             rewards = model(ids, torch.tensor([len(row) for row in rows], device=device)).tolist()
-            found |= {key: r for (key, _), r in zip(mine[begin:end], rewards)}
-            begin = end
+            found |= {mine[i][0]: r for i, r in zip(batch, rewards)}
     found = dict(common.gather_list(list(found.items())))
     if broken := [c for (_, c), r in found.items() if not math.isfinite(r)]:
         die(f"the reward of {broken[0][:60]!r} is not a number: the reward model is damaged")
