@@ -1,8 +1,8 @@
 """
-What every script shares: flags, ranks and FSDP, the learning-rate schedule, atomic folders, logging and progress.
+What every script shares: flags, ranks, atomic files and folders, logging and progress.
 
-A training script sees distribution only through a few names: init_distributed(), wrap(model), all_sum(x), is_main() and
-print0(). On one process each of them does nothing, so reading a script "for one GPU" is reading it for eight.
+A training script sees distribution only through a few names: init_distributed(), wrap(model) (in sharding.py), all_sum(x),
+is_main() and print0(). On one process each of them does nothing, so reading a script "for one GPU" is reading it for eight.
 
     @dataclass
     class Config:
@@ -16,7 +16,6 @@ import dataclasses
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import random
@@ -32,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.optim.adamw import adamw
 from safetensors import SafetensorError
 
 
@@ -45,12 +43,15 @@ def die(message):
 
 
 def _help_texts(config_class):
-    """Field name -> its trailing comment, read from the class's own source (one place for default, type and help)."""
-    source = textwrap.dedent(inspect.getsource(config_class))
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
-    return {node.target.id: comments.get(node.end_lineno, "") for node in ast.parse(source).body[0].body
-            if isinstance(node, ast.AnnAssign)}
+    """Field name -> its trailing comment, read from the source of the class and of those it extends."""
+    texts = {}
+    for part in reversed(config_class.__mro__[:-1]):
+        source = textwrap.dedent(inspect.getsource(part))
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
+                    if t.type == tokenize.COMMENT}
+        texts |= {node.target.id: comments.get(node.end_lineno, "") for node in ast.parse(source).body[0].body
+                  if isinstance(node, ast.AnnAssign)}
+    return texts
 
 
 def _convert(flag, text, kind):
@@ -120,13 +121,16 @@ def parse_config(config_class, argv=None):
 # ranks
 
 def init_distributed():
-    """Joins torchrun's group if there is one (nccl on GPUs, gloo on CPUs). Returns this rank's torch.device."""
+    """
+    Joins torchrun's group if there is one: gloo for what lies in the CPU's memory (numbers, files, offloaded shards),
+    nccl for the GPUs'. Returns this rank's torch.device.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device
 
 
@@ -156,8 +160,7 @@ def all_sum(x):
     """Sum of a number or tensor over all ranks (every rank gets it). The one collective that the losses need."""
     if world() == 1:
         return x
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    t = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
+    t = torch.as_tensor(x, dtype=torch.float64, device="cpu").clone()
     dist.all_reduce(t)
     return t if isinstance(x, torch.Tensor) else t.item()
 
@@ -171,118 +174,16 @@ def gather_list(items):
     return [x for part in parts for x in part]
 
 
-def wrap(model):
-    """
-    FSDP2: each block's parameters, gradients and optimizer state are sharded over the ranks; the tied embedding, final
-    norm and head share the root's group (a tied tensor must not be split over two). One process: returned as it is.
-    """
-    if world() == 1:
-        return model
-    from torch.distributed.fsdp import fully_shard
-    mesh = torch.distributed.init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)  # True: no stale root weights after a no_grad pass
-
-
-@contextlib.contextmanager
-def unsharded(model):
-    """
-    Full weights on every rank for a while: sampling runs different numbers of forwards on different ranks, and sharded
-    forwards that do not match would wait for each other forever. Weights must not be updated inside. A model that was
-    never wrapped (a teacher, a reward model) is whole on every rank already.
-    """
-    parts = []
-    if world() > 1:
-        from torch.distributed.fsdp import FSDPModule
-        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if not parts:
-        yield model
-        return
-    model._get_fsdp_state()._lazy_init()  # sampling enters at the blocks: the first to run would make itself the root
-    for m in parts:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
-    try:
-        yield model
-    finally:
-        for m in parts:
-            m.reshard()
-            m.set_reshard_after_forward(True, recurse=False)
-        # the next backward would prefetch what ran before it, here: another layer, or none, on every rank
-        model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# optimisation
-
 def seed_everything(seed):
     random.seed(seed)
     torch.manual_seed(seed)
 
 
-def cosine_lr(step, max_steps, peak, warmup=0, floor=0.0):
-    """Learning rate of 0-based `step`: linear warm-up over `warmup` steps, then cosine from `peak` to floor * peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, max_steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-class AdamW:
-    """
-    Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's own fused update and the same
-    numbers as torch.optim.AdamW. That class is not used because its first call imports the compiler, three seconds on a
-    CPU, and a recipe in miniature is many short commands.
-    """
-
-    def __init__(self, groups, betas, eps=1e-8):
-        """groups: [{"params": [...], "weight_decay": float}], as torch.optim has them."""
-        self.param_groups, self.betas, self.eps, self.lr = groups, betas, eps, 0.0
-        self.state = {}  # parameter -> (mean of the gradient, mean of its square, step count), made at the first step
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
-            means, squares, steps = map(list, zip(*(self.state[p] for p in params))) if params else ([], [], [])
-            adamw(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False,
-                  maximize=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr,
-                  weight_decay=group["weight_decay"], eps=self.eps)
-
-    def zero_grad(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-
-def make_optimizer(model, weight_decay, betas=(0.9, 0.95)):
-    """AdamW; matrices decay, norm weights do not. Built after wrap(), so that it sees the shards."""
-    params = [(p, p.ndim >= 2 and "norm" not in name) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for p, matrix in params if matrix], "weight_decay": weight_decay},  # q_norm, k_norm: (H, D)
-              {"params": [p for p, matrix in params if not matrix], "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], betas)
-
-
-def optimizer_step(model, optimizer, lr, max_norm):
-    """Clips the global gradient norm, sets the learning rate, steps. Returns the norm before clipping; stops on NaN."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    if not math.isfinite(norm):
-        die(f"the gradient norm is {norm}: nothing was updated; lower --lr, or look for a broken row in the data")
-    optimizer.lr = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # files: what is finished is never lost, and nothing half-written looks finished
 
-def _fsync(path):
+def fsync(path):
+    """A file's bytes, or a folder's entries, are on the disk when this returns."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -302,12 +203,45 @@ def atomic_file(path, mode="w"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as e:
         die(f"cannot write {path}: {e.strerror or e}; nothing that was finished before is lost: mend it and run again")
     finally:
         with contextlib.suppress(OSError):  # gone already, or nothing can be written there
             partial.unlink()
+
+
+def recover_dir(path):
+    """Rank 0: puts back the old folder `path` if a kill came between the two renames of replace_dir()."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+
+
+def replace_dir(new, path):
+    """Rank 0: a finished folder takes the name `path`; what had it before goes only then."""
+    old = path.with_name(f".{path.name}.old")
+    for file in new.rglob("*"):
+        if file.is_file():
+            fsync(file)
+    fsync(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)  # a rename cannot replace a folder that holds files
+    os.rename(new, path)
+    fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, or a place where nothing can be written, is one line that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, OSError) or "No space left" in str(e) or "os error" in str(e).lower():
+            die(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was finished before is intact")
+        raise
 
 
 @contextlib.contextmanager
@@ -317,35 +251,18 @@ def atomic_dir(path):
     replaced). A kill leaves at most a `.partial` folder, which the next run removes. Rank 0 writes, all ranks wait.
     """
     path = Path(path)
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            if old.exists() and not path.exists():
-                os.rename(old, path)  # a kill came between the two renames below
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            recover_dir(path)
             partial.mkdir(parents=True)
-        except OSError as e:
-            die(f"cannot write {path}: {e.strerror or e}")
-    barrier()
-    try:
+        barrier()
         yield partial
         barrier()
         if is_main():
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _fsync(file)
-            _fsync(partial)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.rename(path, old)  # a rename cannot replace a folder that holds files
-            os.rename(partial, path)
-            _fsync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_dir(partial, path)
         barrier()
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, OSError) or "No space left" in str(e) or "os error" in str(e).lower():
-            die(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was finished before is intact")
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,12 +293,18 @@ def hardware():
 class Log:
     """
     `folder`/log.jsonl: a first line with everything needed to run it again, then one line a step; and on the console
-    `step 0120/0300 | loss 0.512 | acc 0.78 | lr 5.0e-07 | 11.2k tok/s | 0.4 GB`. Rank 0 only.
+    `step 0120/0300 | loss 0.512 | acc 0.78 | lr 5.0e-07 | 11.2k tok/s | 0.4 GB`. Rank 0 only. `kept`: rows of the run so
+    far, if this one continues it; what was logged behind them is gone and will be logged again.
     """
 
-    def __init__(self, folder, cfg, device, max_steps, every=10, append=False):
-        self.max_steps, self.every, self.tokens, self.last = max_steps, every, 0, time.time()
-        self.file = open(Path(folder) / "log.jsonl", "a" if append else "w", encoding="utf-8") if is_main() else None
+    def __init__(self, folder, cfg, device, every=10, kept=()):
+        self.every, self.tokens, self.last = every, 0, time.time()
+        self.file, path = None, Path(folder) / "log.jsonl"
+        if is_main():
+            if kept:
+                with atomic_file(path) as f:
+                    f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            self.file = open(path, "a" if kept else "w", encoding="utf-8")
         self.write({"argv": sys.argv, "config": dataclasses.asdict(cfg), "commit": git_commit(), "torch":
                     torch.__version__, "python": platform.python_version(), "device": str(device),
                     "hardware": hardware(), "ranks": world(), "threads": torch.get_num_threads(),
@@ -392,15 +315,16 @@ class Log:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.file.flush()
 
-    def step(self, step, tokens, **metrics):
-        """step is 1-based; tokens: how many this step trained over all ranks; metrics: name -> number."""
+    def step(self, step, max_steps, tokens, metrics, **more):
+        """step is 1-based; tokens: how many this step took over all ranks; metrics: name -> number; more: for the file."""
         self.tokens += tokens
-        self.write({"step": step, "tokens": tokens, **metrics})
-        if self.file and (step % self.every == 0 or step in (1, self.max_steps)):
+        self.write({"step": step, "tokens": tokens, **metrics, **more})
+        if self.file and (step % self.every == 0 or step in (1, max_steps)):
             rate, self.tokens, self.last = self.tokens / (time.time() - self.last + 1e-9), 0, time.time()
             shown = " | ".join(f"{k.split('/')[-1]} {v:.1e}" if k == "lr" else f"{k.split('/')[-1]} {v:.3f}"
                                for k, v in metrics.items())
-            print(f"step {step:04d}/{self.max_steps:04d} | {shown} | {rate / 1e3:.1f}k tok/s | {memory_gb():.1f} GB",
+            mfu = f" | mfu {100 * more['speed']['mfu']:.0f} %" if "mfu" in more.get("speed", {}) else ""
+            print(f"step {step:04d}/{max_steps:04d} | {shown} | {rate / 1e3:.1f}k tok/s{mfu} | {memory_gb():.1f} GB",
                   flush=True)
 
     def close(self):

@@ -5,13 +5,19 @@ A row of data is one JSON object a line (the table is in README.md). Everything 
 with its file and line number. Order is a pure function of (seed, step), so a run can be repeated or continued exactly.
 """
 
+import hashlib
+import heapq
 import json
+import os
 import random
+from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import atomic_file, die, print0
+from common import atomic_file, die, print0, writing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # languages: Aya Expanse's 23, Chinese in both scripts. code -> (English name, family)
@@ -96,15 +102,20 @@ def read_jsonl(path):
         die(f"{path} cannot be read: {e.strerror}")
 
 
-def read_rows(path, kind):
-    """All rows of a file, each checked. kind: prompts, sft, preferences or completions."""
+def read_checked(path, kind):
+    """[(row, "file:line")] of a file, each row checked. kind: prompts, sft, preferences or completions."""
     rows = []
     for row, where in read_jsonl(path):
         check_row(row, kind, where)
-        rows.append(row)
+        rows.append((row, where))
     if not rows:
         die(f"{path} holds no rows")
     return rows
+
+
+def read_rows(path, kind):
+    """All rows of a file, each checked."""
+    return [row for row, _ in read_checked(path, kind)]
 
 
 def write_rows(path, rows):
@@ -115,10 +126,37 @@ def write_rows(path, rows):
     return len(rows)
 
 
-def read_mixture(specs, kind, seed):
+def read_finished(path):
+    """Rows of a file that append_rows was writing when it was killed: up to the first line that is not whole."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8", newline="\n", errors="replace") as f:
+            for line in f:
+                rows.append(json.loads(line))
+    except (FileNotFoundError, json.JSONDecodeError):
+        pass
+    return rows
+
+
+def append_rows(path, rows, after):
+    """Writes rows behind the first `after` rows of a file; anything else there goes. On the disk when it returns."""
+    with writing(path), open(path, "a+b") as f:
+        f.seek(0)
+        for _ in range(after):
+            line = f.readline()
+        f.truncate()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.write((b"\n" if after and not line.endswith(b"\n") else b"") + text.encode("utf-8"))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_mixture(specs, kind, seed, keep=None, make=None):
     """
-    Files with optional weights, `a.jsonl:0.85 b.jsonl:0.15`: shares of the mixture. The first file is taken whole and
-    the others are repeated or thinned (by seed) to reach their share. Without weights: all rows of all files.
+    Files with optional weights, `a.jsonl:0.85 b.jsonl:0.15`: shares of the mixture's rows. The first file is taken whole
+    and the others are repeated or thinned (by seed) to reach their share, which is printed. Without weights: all rows of
+    all files. `keep`: row -> is it wanted? `make`: (row, "file:line") -> what the list holds in its place, or None to
+    leave it out. Shares are those of what is left. Returns the list, file after file.
     """
     parts = []
     for spec in specs:
@@ -127,19 +165,30 @@ def read_mixture(specs, kind, seed):
             path, weight = (path, float(weight)) if colon else (spec, None)
         except ValueError:
             path, weight = spec, None  # a colon that belongs to the path
-        if weight is not None and weight <= 0:
+        if weight is not None and not weight > 0:
             die(f"{spec}: a weight must be above 0")
-        parts.append((read_rows(path, kind), weight))
-    if all(w is None for _, w in parts):
-        return [row for rows, _ in parts for row in rows]
-    if any(w is None for _, w in parts):
+        rows = [(row, where) for row, where in read_checked(path, kind) if keep is None or keep(row)]
+        made = [row if make is None else make(row, where) for row, where in rows]
+        parts.append((path, weight, [m for m in made if m is not None]))
+    weights = [weight for _, weight, _ in parts]
+    if all(w is None for w in weights):
+        return [row for _, _, rows in parts for row in rows]
+    if None in weights:
         die("give every file a weight, or none of them")
-    rng, out = random.Random(seed), list(parts[0][0])
-    for rows, weight in parts[1:]:
-        wanted = round(len(parts[0][0]) * weight / parts[0][1])
+    for path, _, rows in parts:
+        if not rows:
+            die(f"{path} has a weight, but no row of it is left")
+    rng, out, (_, first_weight, first) = random.Random(seed), [], parts[0]
+    for path, weight, rows in parts:
+        wanted = round(len(first) * weight / first_weight)
         whole, rest = divmod(wanted, len(rows))
-        out += rows * whole + rng.sample(rows, rest)
-    return out
+        out.append(rows * whole + rng.sample(rows, rest))
+    total = sum(map(len, out))
+    for (path, weight, rows), taken in zip(parts, out):
+        print0(f"{path}: {len(taken)} of {total} rows, {100 * len(taken) / total:.1f} % "
+               f"(asked for {100 * weight / sum(weights):.1f} %; {len(rows)} rows, each taken "
+               f"{len(taken) / len(rows):.2f} times)")
+    return [row for taken in out for row in taken]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,17 +228,59 @@ def drop_long(examples, max_tokens, languages):
     return kept, dropped
 
 
-def encode_pairs(chat, rows, max_tokens):
+@dataclass
+class Item:
+    """One row as it is trained: its documents (SFT: one; preferences: chosen, rejected), and where it came from."""
+    sides: tuple
+    language: str
+    where: str  # "file:line"
+
+    def __len__(self):
+        """Tokens."""
+        return sum(len(side.ids) for side in self.sides)
+
+    @property
+    def longest(self):
+        """Tokens of the longest side."""
+        return max(len(side.ids) for side in self.sides)
+
+    @property
+    def trained(self):
+        """Trained tokens of the first side."""
+        return int(np.count_nonzero(self.sides[0].mask))
+
+
+def read_items(specs, kind, chat, max_tokens, seed, keep=None):
     """
-    Preference rows -> [(chosen, rejected) examples] and the length of each pair's longer side. A pair with a side over
-    max_tokens is dropped; how many were, per language, is printed.
+    Files of SFT or preference rows, mixed as read_mixture says, tokenised -> [Item]. A row with a side of more than
+    max_tokens is dropped, never cut; how many were, per language, is printed.
     """
-    pairs = [(encode_row(chat, r["prompt"], r["chosen"]), encode_row(chat, r["prompt"], r["rejected"])) for r in rows]
-    longer = [max(pair, key=lambda e: len(e.ids)) for pair in pairs]
-    kept, dropped = drop_long(longer, max_tokens, [r["language"] for r in rows])
+    dropped = Counter()
+
+    def make(row, where):
+        examples = [encode_sft(chat, row)] if kind == "sft" else [
+            encode_row(chat, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        if max(len(e.ids) for e in examples) > max_tokens:
+            dropped[row["language"]] += 1
+            return None
+        # arrays: a million rows as Python lists of numbers would take tens of gigabytes on every rank
+        sides = tuple(Example(np.array(e.ids, dtype=np.int32), np.array(e.mask, dtype=bool)) for e in examples)
+        return Item(sides, row["language"], where)
+
+    items = read_mixture(specs, kind, seed, keep, make)
     if dropped:
-        print0(f"dropped {sum(dropped.values())} pairs longer than {max_tokens} tokens: {dropped}")
-    return [pairs[i] for i in kept], [len(longer[i].ids) for i in kept]
+        print0(f"dropped {dropped.total()} {'rows' if kind == 'sft' else 'pairs'} longer than {max_tokens} tokens: "
+               f"{dict(dropped)}")
+    return items
+
+
+def fingerprint(items):
+    """Hex digest of all token ids and masks, in order: what a run was trained on."""
+    digest = hashlib.sha256()
+    for item in items:
+        for side in item.sides:
+            digest.update(len(side.ids).to_bytes(8, "little") + side.ids.tobytes() + side.mask.tobytes())
+    return digest.hexdigest()
 
 
 def pad_batch(examples, pad, device=None):
@@ -219,16 +310,61 @@ def token_batches(lengths, batch_tokens):
 
 def pack_batch(examples, device=None):
     """
-    The same examples end to end in one row, without padding: ids (1, T), loss_mask (1, T), doc_start (1, T) int32.
-    Attention stays inside a document because doc_start says where each token's document begins.
+    Examples end to end in one row, without padding: ids (1, T), loss_mask (1, T), doc_start (1, T) int32. Attention stays
+    inside a document because doc_start says where each token's document begins. Of no examples at all: two tokens that
+    nobody trains, since every rank must run as many forwards as the others.
     """
-    ids, mask, start = [], [], []
-    for e in examples:
-        start += [len(ids)] * len(e.ids)
-        ids += e.ids
-        mask += e.mask
-    return (torch.tensor([ids], device=device), torch.tensor([mask], device=device),
-            torch.tensor([start], dtype=torch.int32, device=device))
+    examples = examples or [Example([0, 0], [False, False])]
+    lengths = np.array([len(e.ids) for e in examples])
+    mask = np.concatenate([np.asarray(e.mask, dtype=bool) for e in examples])
+    mask[lengths.cumsum() - lengths] = False  # a document's first token has no context: nothing predicts it
+    ids = np.concatenate([np.asarray(e.ids, dtype=np.int64) for e in examples])
+    start = np.repeat(lengths.cumsum() - lengths, lengths).astype(np.int32)
+    return tuple(torch.from_numpy(x[None]).to(device, non_blocking=True) for x in (ids, mask, start))
+
+
+def document_sums(token_logps, examples):
+    """token_logps (1, T - 1) of pack_batch(examples) -> (documents,): each one's sum. Differentiable; no atomics."""
+    if not examples:
+        return token_logps.sum(1)[:0]
+    lengths = torch.tensor([len(e.ids) for e in examples], device=token_logps.device)
+    return torch.segment_reduce(F.pad(token_logps[0], (1, 0)), "sum", lengths=lengths)  # entry t now belongs to token t
+
+
+def split_batch(lengths, batch, ranks, max_tokens, max_rows=0):
+    """
+    The rows of one optimizer step -> for each rank the same number of micro-batches, lists of row numbers. None has more
+    than max_tokens tokens (unless it is one row) or, if given, max_rows rows; as few as possible, and evenly full: the
+    longest rows are dealt first, each to the emptiest. Some are empty if there are fewer rows than micro-batches.
+    """
+    longest_first = sorted(range(len(batch)), key=lambda n: (-lengths[batch[n]], n))
+    need = max(-(-sum(lengths[i] for i in batch) // max_tokens), -(-len(batch) // max_rows) if max_rows else 1)
+    for each in range(min(-(-need // ranks), len(batch)), len(batch) + 1):
+        count = ranks * each
+        heap, found = [(0, n) for n in range(count)], [[] for _ in range(count)]
+        for n in longest_first:
+            tokens, where = heapq.heappop(heap)
+            found[where].append(n)
+            if not max_rows or len(found[where]) < max_rows:
+                heapq.heappush(heap, (tokens + lengths[batch[n]], where))
+        if all(len(f) < 2 or sum(lengths[batch[n]] for n in f) <= max_tokens for f in found):
+            break
+    return [[[batch[n] for n in sorted(f)] for f in found[rank::ranks]] for rank in range(ranks)]
+
+
+def token_order(lengths, batch_tokens, max_steps, seed):
+    """batch_order with a budget of tokens in place of a number of rows: each batch has at most that many, or one row."""
+    rng, waiting = random.Random(seed), []
+    for _ in range(max_steps):
+        batch, tokens = [], 0
+        while True:
+            if not waiting:
+                waiting = rng.sample(range(len(lengths)), len(lengths))
+            tokens += lengths[waiting[-1]]
+            if batch and (tokens > batch_tokens or waiting[-1] in batch):
+                break
+            batch.append(waiting.pop())
+        yield batch
 
 
 def batch_order(lengths, batch_size, max_steps, seed, window=16):

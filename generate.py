@@ -23,6 +23,7 @@ from chat import Chat
 from common import die, init_distributed, parse_config, print0
 from data import read_rows, write_rows
 from model import KVCache, load
+from sharding import unsharded
 
 
 @dataclass
@@ -131,12 +132,15 @@ def cut(ids, stop_ids):
 
 
 def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256,
-             teacher=""):
-    """Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks."""
+             teacher="", first=0):
+    """
+    Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks. `first`:
+    the place of rows[0] among all prompts, when they are sampled part by part: it names the prompt in the draws.
+    """
     place = range(common.rank(), len(rows), common.world())
-    with common.unsharded(model):
+    with unsharded(model):
         made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in place], max_new_tokens, temperature, top_p,
-                        samples, chat.stop_ids, seed, list(place), batch_size, chat.vocab_size)
+                        samples, chat.stop_ids, seed, [first + i for i in place], batch_size, chat.vocab_size)
     done = [(i, k, chat.decode(ids), ids[-1] in chat.stop_ids) for i, completions in zip(place, made)
             for k, ids in enumerate(completions)]
     return [{"id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,

@@ -16,15 +16,15 @@ RoPE: Su et al. 2021, arXiv 2104.09864; GQA: Ainslie et al. 2023, arXiv 2305.132
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
 from checkpoint import Checkpoint
-from common import atomic_dir, barrier, die, is_main
+from common import atomic_dir, die, is_main
 from config import LLAMA3, Config
 from kernels import attention, layernorm, rmsnorm, rope, swiglu, token_logps
 
@@ -193,9 +193,12 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """A causal language model. `source`: the folder it was loaded from, or None."""
+    """
+    A causal language model. `source`: the folder it was loaded from, or None. `recompute`: activation checkpointing (Chen
+    et al. 2016, arXiv 1604.06174): a block's inside is computed again in the backward pass instead of kept.
+    """
 
-    source, has_head = None, True
+    source, has_head, recompute = None, True, False
 
     def __init__(self, cfg):
         super().__init__()
@@ -238,7 +241,10 @@ class Transformer(nn.Module):
         if self.cfg.family.embed_scale:  # rounded to x's dtype first, as Gemma was trained: 55.43 is 55.5 in bfloat16
             x = x * torch.tensor(self.cfg.hidden_size ** 0.5, dtype=torch.float32).to(x.dtype).item()
         for block in self.model.layers:
-            x = block(x, cos, sin, doc_start, cache)
+            if self.recompute and torch.is_grad_enabled():  # no dropout: there is no random state to keep
+                x = checkpointed(block, x, cos, sin, doc_start, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, doc_start, cache)
         return self.model.norm(x)
 
     @property
@@ -282,7 +288,7 @@ def fill(model, stored, dtype=None, device=None, wrap=None, fresh=None):
     """
     Gives a model built on the meta device its weights from a Checkpoint, one tensor at a time, straight into `dtype`
     (None: the one that is stored) on `device`: memory is the model's and one chunk. `wrap`: applied to the model while
-    it is still empty (common.wrap shards it); each rank then reads its own rows only. `fresh`: name -> number, of what
+    it is still empty (sharding.wrap shards it); each rank then reads its own rows only. `fresh`: name -> number, of what
     the checkpoint lacks and starts as that number everywhere. Any other missing, surplus or misshapen tensor ends the
     program by name.
     """
@@ -364,22 +370,6 @@ def write_checkpoint(folder, model, source=None, dtype=None, architecture=None, 
         (folder / "config.json").write_text(model.cfg.to_json(architecture, stored, **extra), encoding="utf-8")
         if source:
             checkpoint.carry(source, folder)
-
-
-def keep_checkpoints(folder, percents, step, max_steps, model, source):
-    """
-    After training step `step` (1-based) of max_steps: folder/at-P, a checkpoint, for each of `percents` that is
-    reached. What merge.py averages with the last one: checkpoints of one run.
-    """
-    for percent in percents:
-        if not 0 < percent < 100:
-            die(f"--keep {percent}: a percent of the steps, 1 to 99; the last step is kept anyway")
-        if step == max(1, round(max_steps * percent / 100)):
-            path = Path(folder) / f"at-{percent}"
-            if is_main():
-                path.mkdir()
-            barrier()
-            write_checkpoint(path, model, source)
 
 
 def save(model, path, dtype=None, source=None):

@@ -29,6 +29,7 @@ from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
 from data import Example, encode_row, pad_batch, read_rows, token_batches, write_rows
 from model import Linear, Transformer, causal, fill, write_checkpoint
+from sharding import unsharded
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
 CLASSIFIERS = [f"{name}ForSequenceClassification" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")]
@@ -59,18 +60,21 @@ class RewardModel(Transformer):
         header = torch.where(place < lengths[:, None], header, -1).amax(1, keepdim=True)
         return (place > header) & (place < lengths[:, None])
 
-    def forward(self, ids, lengths, with_logps=False):
+    def forward(self, ids, lengths, with_logps=False, mask=None, doc_start=None):
         """
         ids (B, T) right-padded, lengths (B,) -> rewards (B,) fp32; with_logps also the completion's token log-probs
-        (B, T - 1), 0 elsewhere, and its mask (B, T): what the language-model loss beside Bradley-Terry needs.
+        (B, T - 1), 0 elsewhere, and its mask (B, T): what the language-model loss beside Bradley-Terry needs. Packed, as
+        training does it: ids, mask and doc_start (1, T) from pack_batch, lengths of the documents -> one reward each.
         """
-        mask = self.completion_mask(ids, lengths)
-        hidden = self.hidden(ids)
-        logps = self.selected_logps(hidden, ids, mask)  # (B, T - 1)
-        count = mask.sum(1).clamp(min=1)
-        head = (self.score(hidden).squeeze(-1).float() * mask).sum(1) / count
-        smallest = logps.masked_fill(~mask[:, 1:], 0.0).amin(1)
-        reward = head + self.logp_weight[0] * logps.sum(1) / count + self.logp_weight[1] * smallest
+        hidden, segments = self.hidden(ids, doc_start=doc_start), lengths
+        if mask is None:
+            mask, segments = self.completion_mask(ids, lengths), torch.full_like(lengths, ids.shape[1])
+        logps = self.selected_logps(hidden, ids, mask)  # (B, T - 1), 0 where not in the mask
+        fold = lambda x, how: torch.segment_reduce(x.flatten(), how, lengths=segments)  # (B, T) -> one number a document
+        count = fold(mask.float(), "sum").clamp(min=1)
+        of_token = F.pad(logps, (1, 0))
+        head = fold(self.score(hidden).squeeze(-1).float() * mask, "sum") / count
+        reward = head + self.logp_weight[0] * fold(of_token, "sum") / count + self.logp_weight[1] * fold(of_token, "min")
         return (reward, logps, mask) if with_logps else reward
 
     def encode(self, chat, prompt, completion):
@@ -137,8 +141,8 @@ def load_reward_model(path, dtype=None, device=None):
     return fill(model, stored, dtype, device)
 
 
-def new_reward_model(path, device=None, wrap=None):
-    """A reward model that starts from a causal checkpoint: its weights, and a head of zeros. wrap: as in model.load."""
+def new_reward_model(path, dtype=None, device=None, wrap=None):
+    """A reward model that starts from a causal checkpoint: its weights, and a head of zeros. Flags as model.load's."""
     stored, chat = causal(path), Chat(path)
     header = chat.prompt_ids("a")[-1]
     if header not in chat.control:
@@ -147,12 +151,17 @@ def new_reward_model(path, device=None, wrap=None):
     cfg = ModelConfig.from_dict(stored.config, stored.folder / "config.json")
     with torch.device("meta"):
         model = RewardModel(cfg, header)
-    return fill(model, stored, None, device, wrap, fresh={"score.weight": 0.0, "logp_weight": 1.0})
+    return fill(model, stored, dtype, device, wrap, fresh={"score.weight": 0.0, "logp_weight": 1.0})
+
+
+def reward_config(model):
+    """What write_checkpoint adds to config.json, so that load_reward_model knows the folder."""
+    return {"architecture": ARCHITECTURE, "response_token_id": model.response_token}
 
 
 def write_reward_model(folder, model, source):
     """The folder load_reward_model reads; call on all ranks, inside atomic_dir."""
-    write_checkpoint(folder, model, source, architecture=ARCHITECTURE, response_token_id=model.response_token)
+    write_checkpoint(folder, model, source, **reward_config(model))
 
 
 @torch.no_grad()
@@ -165,7 +174,7 @@ def score(model, chat, pairs, batch_tokens=8192):
     unique = list(dict.fromkeys((json.dumps(p), c) for p, c in pairs))
     mine = [(key, model.encode(chat, json.loads(key[0]), key[1])) for key in unique[common.rank()::common.world()]]
     found = {}
-    with common.unsharded(model):
+    with unsharded(model):
         for batch in token_batches([len(ids) for _, ids in mine], batch_tokens):
             rows = [mine[i][1] for i in batch]
             ids, _ = pad_batch([Example(row, [False] * len(row)) for row in rows], chat.pad, device)

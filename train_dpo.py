@@ -7,6 +7,7 @@ the worst, ties are dropped, and the policy at the start of the round is the ref
 and the second three times. Both go through the same loop below: an online round only makes its own pairs first.
 
 python train_dpo.py --model out/mini/sft --pairs out/mini/arbitrage/pairs.jsonl --out out/my-dpo
+torchrun --nproc_per_node=8 train_dpo.py --model DIR --pairs pairs.jsonl:0.85 safety.jsonl:0.15 --out DIR
 torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --out DIR
 
 What to watch: `margins` and `accuracies` rise. The *chosen* log-probability may well fall while training works: DPO
@@ -14,6 +15,8 @@ raises the difference, not the chosen one. `reward` of the reward model rising w
 reward hacking: look at both.
 """
 
+import hashlib
+import json
 import os
 import statistics
 import subprocess
@@ -26,16 +29,21 @@ import torch
 import torch.nn.functional as F
 
 import common
+import optim
 from chat import Chat
 from common import die, parse_config, print0
-from data import batch_order, encode_pairs, pad_batch, read_mixture, read_rows, write_rows
+from data import (append_rows, batch_order, document_sums, fingerprint, pack_batch, read_finished, read_items, read_rows,
+                  write_rows)
 from generate import complete
-from model import keep_checkpoints, load, write_checkpoint
+from model import load
+from reference import reference_logps
 from reward import best_against_worst, load_reward_model, preference_row, score, usable
+from run import Run, RunConfig, files_fingerprint, prepared
+from sharding import accumulate, local
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     model: str = "out/mini/sft"  # policy to start from; also the reference
     pairs: list[str] = field(default_factory=list)  # offline: preference files, each with optional :weight
     prompts: str = ""  # online: prompt rows, cut into --rounds parts
@@ -44,12 +52,14 @@ class Config:
     samples: int = 8  # online: completions per prompt (K)
     temperature: float = 0.8  # online: of the samples
     max_new_tokens: int = 48  # online: longest sample
+    prompts_at_once: int = 512  # online: prompts sampled between two writes; a kill costs at most so many
     margin: float = 0.0  # drop pairs whose rewards are no further apart
     languages: list[str] = field(default_factory=list)  # train only on these languages (default: all)
     out: str = "out/mini/dpo-run"  # checkpoint folder to write
     beta: float = 0.1  # strength of the pull to the reference: larger stays closer (Eq. 7)
+    live_reference: bool = False  # keep the reference model in memory instead of its log-probs on disk
+    reference_cache: str = ""  # folder of reference log-probs that runs share, by content (default: in --out)
     batch_size: int = 64  # pairs per optimizer step, over all ranks
-    micro_batch_size: int = 64  # pairs per forward on one rank
     max_tokens: int = 512  # pairs with a longer side are dropped, and counted
     epochs: float = 1.0  # passes over the pairs (of each round)
     max_steps: int = 0  # optimizer steps (of each round); 0: from --epochs
@@ -58,9 +68,7 @@ class Config:
     min_lr: float = 0.1  # floor of the cosine, as a share of --lr
     weight_decay: float = 0.0  # AdamW, matrices only
     clip: float = 1.0  # largest gradient norm
-    keep: list[int] = field(default_factory=list)  # percents of the (last round's) steps: also keep OUT/at-50 ...
     seed: int = 0  # of the order of the data and of the samples
-    log_every: int = 20  # steps between lines on the console
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -74,44 +82,42 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return loss, beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
 
 
-def seq_logps(model, examples, pad, device):
-    """Summed completion log-probs (B,) of examples: the one code path of policy and reference, so that they agree."""
-    ids, mask = pad_batch(examples, pad, device)
-    return model.token_logps(ids, mask).sum(1)
+def seq_logps(model, items, device):
+    """
+    Summed completion log-probs of a micro-batch of pairs, chosen and rejected, (B,) each, in one forward: the one code path
+    of policy and reference, so that they agree to the bit where the weights do.
+    """
+    examples = [item.sides[0] for item in items] + [item.sides[1] for item in items]
+    ids, mask, doc_start = pack_batch(examples, device)
+    return document_sums(model.token_logps(ids, mask, doc_start), examples).chunk(2)
 
 
-@torch.no_grad()
-def reference_logps(model, pairs, pad, device, batch_size):
+def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, path):
     """
-    [(chosen, rejected) examples] -> [(log-prob, log-prob)] floats under the model as it is now. Computed once, before a
-    stage: the reference then needs no memory while the policy trains. Split over the ranks.
+    K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards, preference
+    rows of best against worst). Samples cut off before their end of turn are not eligible, equal rewards make no pair.
+    --prompts_at_once prompts at a time are appended to `path`; a run that goes on asks for those that are missing.
     """
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0].ids))[common.rank()::common.world()]
-    found = []
-    with common.unsharded(model):
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin:begin + batch_size]
-            both = seq_logps(model, [pairs[i][0] for i in batch] + [pairs[i][1] for i in batch], pad, device)
-            chosen, rejected = both.chunk(2)
-            found += zip(batch, chosen.tolist(), rejected.tolist())
-    return [(c, r) for _, c, r in sorted(common.gather_list(found))]
-
-
-def online_pairs(cfg, policy, chat, reward_model, reward_chat, rows, seed):
-    """
-    K samples of the current policy for each prompt, scored: -> (completion rows with rewards, preference rows of best
-    against worst). Samples cut off before their end of turn are not eligible, equal rewards make no pair.
-    """
-    done = complete(policy, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples, seed=seed,
-                    teacher="policy")
-    greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported: best of K beside greedy
-    done += [row | {"sample": "greedy"} for row in greedy]
-    rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in done])
-    done = [row | {"reward": reward} for row, reward in zip(done, rewards)]
-    pairs = []
-    for begin in range(0, len(rows) * cfg.samples, cfg.samples):
-        if found := best_against_worst(filter(usable, done[begin:begin + cfg.samples]), cfg.margin):
-            pairs.append(preference_row(*found))
+    kept, done, pairs = read_finished(path), [], []
+    common.barrier()  # every rank has read it
+    for first in range(0, len(prompts), cfg.prompts_at_once):
+        rows = prompts[first:first + cfg.prompts_at_once]
+        part = kept[len(done):len(done) + len(rows) * (cfg.samples + 1)]
+        if len(part) < len(rows) * (cfg.samples + 1):
+            part = complete(policy, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples,
+                            seed=cfg.seed + run.round, teacher="policy", first=first)
+            greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported beside best of K
+            part += [row | {"sample": "greedy"} for row in greedy]
+            rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in part])
+            part = [row | {"reward": reward} for row, reward in zip(part, rewards)]
+            if common.is_main():
+                append_rows(path, part, after=len(done))
+        done += part
+        for begin in range(0, len(rows) * cfg.samples, cfg.samples):
+            if found := best_against_worst(filter(usable, part[begin:begin + cfg.samples]), cfg.margin):
+                pairs.append(preference_row(*found))
+        if run.should_stop():
+            run.stop()
     return done, pairs
 
 
@@ -138,75 +144,88 @@ def main(cfg):
     device = common.init_distributed()
     common.seed_everything(cfg.seed)
     make_miniature(cfg)
-    chat, policy = Chat(cfg.model), load(cfg.model, device=device, wrap=common.wrap)
-    if cfg.batch_size % common.world():
-        die(f"--batch_size {cfg.batch_size} must be a multiple of the {common.world()} ranks")
+    chat, place = Chat(cfg.model), "cpu" if cfg.cpu_offload else device
+    policy = load(cfg.model, torch.float32, place, prepared(cfg))
+    identity, optimizer, models = {"model": files_fingerprint(policy.source)}, optim.make_optimizer(policy, cfg.weight_decay), {
+        "policy": policy}
+    if cfg.live_reference:
+        models["reference"] = load(cfg.model, torch.float32, place, prepared(cfg)).requires_grad_(False)
 
     # 2) where pairs come from: files once, or the policy's own samples in every round
-    keep_language = lambda r: not cfg.languages or r["language"] in cfg.languages
+    wanted = lambda row: not cfg.languages or row["language"] in cfg.languages
+    apart = lambda row: row.get("chosen_reward", cfg.margin + 1) - row.get("rejected_reward", 0) > cfg.margin
     if cfg.prompts:
-        prompts = [r for r in read_rows(cfg.prompts, "prompts") if keep_language(r)]
+        prompts = [row for row in read_rows(cfg.prompts, "prompts") if wanted(row)]
         if len(prompts) < cfg.rounds:
             die(f"{cfg.prompts} holds {len(prompts)} prompts of the languages asked for, "
                 f"too few for {cfg.rounds} rounds")
         reward_model, reward_chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
-    begin = time.time()
-    with common.atomic_dir(cfg.out) as folder:
-        for round_number in range(1, cfg.rounds + 1 if cfg.prompts else 2):
+        identity |= {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                     "reward model": files_fingerprint(reward_model.source)}
+    else:
+        items = read_items(cfg.pairs, "preferences", chat, cfg.max_tokens, cfg.seed,
+                           lambda row: wanted(row) and (not cfg.margin or apart(row)))
+        identity["data"] = fingerprint(items)
+    rounds = cfg.rounds if cfg.prompts else 1
+    if not cfg.prompts and not items:
+        die(f"no pairs left to train on in {' '.join(cfg.pairs)}")
+    with Run(cfg, device, cfg.model, identity) as run:
+        begin = time.time()
+        run.restore(models, optimizer)
+        for round_number in range(run.round, rounds + 1):
             if cfg.prompts:
-                fresh = prompts[round_number - 1::cfg.rounds]
-                done, rows = online_pairs(cfg, policy, chat, reward_model, reward_chat, fresh, cfg.seed + round_number)
-                if common.is_main():
-                    write_rows(folder / f"completions-{round_number}.jsonl", done)
-                    write_rows(folder / f"pairs-{round_number}.jsonl", rows)
-                greedy = statistics.fmean(r["reward"] for r in done if r["sample"] == "greedy")
-                mean = statistics.fmean(r["reward"] for r in done if r["sample"] != "greedy")
-                print0(f"round {round_number}: {cfg.samples} samples of {len(fresh)} prompts, "
-                       f"reward {mean:.3f} (greedy {greedy:.3f}), {len(rows)} pairs")
-            else:
-                rows = [r for r in read_mixture(cfg.pairs, "preferences", cfg.seed) if keep_language(r)]
-                if cfg.margin:
-                    rows = [r for r in rows
-                            if r.get("chosen_reward", cfg.margin + 1) - r.get("rejected_reward", 0) > cfg.margin]
-            pairs, lengths = encode_pairs(chat, rows, cfg.max_tokens)
-            if not pairs:
-                die(f"no pairs to train on (round {round_number}): every prompt was a tie, or the files hold none")
+                fresh, pairs_path = prompts[round_number - 1::rounds], run.folder / f"pairs-{round_number}.jsonl"
+                if run.step == 0:
+                    done, rows = sample_round(cfg, run, policy, chat, reward_model, reward_chat, fresh,
+                                              run.folder / f"completions-{round_number}.jsonl")
+                    greedy = statistics.fmean(r["reward"] for r in done if r["sample"] == "greedy")
+                    mean = statistics.fmean(r["reward"] for r in done if r["sample"] != "greedy")
+                    print0(f"round {round_number}: {cfg.samples} samples of {len(fresh)} prompts, "
+                           f"reward {mean:.3f} (greedy {greedy:.3f}), {len(rows)} pairs")
+                    if not rows:
+                        die(f"no pairs to train on (round {round_number}): every prompt was a tie")
+                    if common.is_main():
+                        write_rows(pairs_path, rows)
+                    common.barrier()
+                items = read_items([str(pairs_path)], "preferences", chat, cfg.max_tokens, cfg.seed)
+                if not items:
+                    die(f"no pairs to train on (round {round_number}): all are longer than {cfg.max_tokens} tokens")
 
             # 3) train against the policy as it is now
-            max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch_size))
-            print0(f"{len(pairs)} pairs, {max_steps} steps of {cfg.batch_size}, beta {cfg.beta}")
-            ref = reference_logps(policy, pairs, chat.pad, device, cfg.micro_batch_size)
-            optimizer = common.make_optimizer(policy, cfg.weight_decay)
-            log = common.Log(folder, cfg, device, max_steps, cfg.log_every, append=round_number > 1)
-            for step, batch in enumerate(batch_order(lengths, cfg.batch_size, max_steps, cfg.seed + round_number)):
-                mine = batch[common.rank()::common.world()]
-                totals = torch.zeros(6, dtype=torch.float64)
-                for m in range(0, len(mine), cfg.micro_batch_size):
-                    micro = mine[m:m + cfg.micro_batch_size]
-                    examples = [pairs[i][0] for i in micro] + [pairs[i][1] for i in micro]
-                    chosen, rejected = seq_logps(policy, examples, chat.pad, device).chunk(2)  # one forward for both
-                    ref_chosen, ref_rejected = torch.tensor([ref[i] for i in micro], device=device).unbind(1)
-                    loss, chosen_reward, rejected_reward = dpo_loss(
-                        chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
-                    loss = loss.sum() / cfg.batch_size  # this share of the mean over the batch's pairs
-                    (loss * common.world()).backward()  # FSDP averages gradients over ranks
-                    totals += torch.stack([t.detach().sum() for t in (
-                        loss * cfg.batch_size, chosen_reward > rejected_reward, chosen_reward, rejected_reward, chosen,
-                        rejected)]).double().cpu() / cfg.batch_size
-                lr = common.cosine_lr(step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
-                norm = common.optimizer_step(policy, optimizer, lr, cfg.clip)
-                if round_number == cfg.rounds or cfg.pairs:
-                    keep_checkpoints(folder, cfg.keep, step + 1, max_steps, policy, cfg.model)
-                # everything below is only logging
-                loss, accuracy, r_chosen, r_rejected, logp_chosen, logp_rejected = common.all_sum(totals).tolist()
-                log.step(step + 1, 2 * sum(lengths[i] for i in batch), **{
-                    "loss": loss, "rewards/accuracies": accuracy, "rewards/margins": r_chosen - r_rejected,
-                    "rewards/chosen": r_chosen, "rewards/rejected": r_rejected, "logps/chosen": logp_chosen,
-                    "logps/rejected": logp_rejected, "grad_norm": norm, "lr": lr})
-            log.close()
+            lengths = [len(item) for item in items]
+            max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
+            print0(f"{len(items)} pairs, {max_steps} steps of {cfg.batch_size}, beta {cfg.beta}")
+            order = list(batch_order([item.longest for item in items], cfg.batch_size, max_steps,
+                                     cfg.seed + round_number))
+            if not cfg.live_reference:
+                ref = reference_logps(cfg, run, policy, items, lengths, order, lambda rows: seq_logps(policy, rows, device))
+            elif run.step == 0:
+                with torch.no_grad():
+                    for r, p in zip(models["reference"].parameters(), policy.parameters(), strict=True):
+                        local(r).copy_(local(p))
+            for batch, mine in run.batches(order, lengths):
+                batch = [items[i] for i in batch]
+                for rows in accumulate(policy, mine, cfg.reduce_every):
+                    micro = [items[i] for i in rows]
+                    with torch.no_grad():
+                        ref_chosen, ref_rejected = (seq_logps(models["reference"], micro, device) if cfg.live_reference
+                                                    else ref[rows].to(device).unbind(1))
+                    chosen, rejected = seq_logps(policy, micro, device)
+                    loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
+                    (loss.sum() / len(batch)).backward()  # this share of the mean over the batch's pairs
+                    run.meter.add(micro, loss=loss, **{
+                        "rewards/accuracies": (chosen_reward > rejected_reward).float(),
+                        "rewards/margins": chosen_reward - rejected_reward, "rewards/chosen": chosen_reward,
+                        "rewards/rejected": rejected_reward, "logps/chosen": chosen, "logps/rejected": rejected})
+                run.meter.check()  # a NaN ends here, with the row's name
+                lr = optim.cosine_lr(run.step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
+                norm = optim.optimizer_step(policy, optimizer, lr, cfg.clip, batch)
+                run.end_step(models, optimizer, max_steps, batch, norm, lr, keep=round_number == rounds)
+            if round_number < rounds:
+                run.next_round(models, optimizer)
 
         # 4) save
-        write_checkpoint(folder, policy, cfg.model)
+        run.finish(policy)
     print0(f"saved {cfg.out} in {time.time() - begin:.1f} s")
 
 

@@ -11,27 +11,28 @@ torchrun --nproc_per_node=8 train_rm.py --model DIR --pairs F.jsonl --out DIR
 """
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 import common
+import optim
 from chat import Chat
 from common import die, parse_config, print0
-from data import batch_order, encode_pairs, pad_batch, read_rows
-from reward import new_reward_model, write_reward_model
+from data import batch_order, document_sums, fingerprint, pack_batch, read_items
+from reward import new_reward_model, reward_config
+from run import Run, RunConfig, files_fingerprint, prepared
+from sharding import accumulate
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     model: str = "out/mini/rm-base"  # causal checkpoint the reward model starts from
-    pairs: str = "out/mini/rm-pairs/pairs.jsonl"  # preference rows
+    pairs: list[str] = field(default_factory=lambda: ["out/mini/rm-pairs/pairs.jsonl"])  # files, each may end in :weight
     out: str = "out/mini/rm-run"  # folder to write
     lm_weight: float = 0.3  # weight of the language-model loss on the chosen completion
     batch_size: int = 64  # pairs per optimizer step, over all ranks
-    micro_batch_size: int = 64  # pairs per forward on one rank
     max_tokens: int = 512  # pairs with a longer side are dropped, and counted
     epochs: float = 1.0  # passes over the pairs
     max_steps: int = 0  # optimizer steps; 0: from --epochs
@@ -41,7 +42,6 @@ class Config:
     weight_decay: float = 0.05  # AdamW, matrices only
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of the order of the data
-    log_every: int = 20  # steps between lines on the console
 
 
 def bradley_terry_loss(chosen_reward, rejected_reward):
@@ -54,51 +54,48 @@ def main(cfg):
     device = common.init_distributed()
     common.seed_everything(cfg.seed)
     chat = Chat(cfg.model)
-    model = new_reward_model(cfg.model, device, wrap=common.wrap)
+    model = new_reward_model(cfg.model, torch.float32, "cpu" if cfg.cpu_offload else device, prepared(cfg))
 
     # 2) pairs
-    rows = read_rows(cfg.pairs, "preferences")
-    pairs, lengths = encode_pairs(chat, rows, cfg.max_tokens)
-    if not pairs:
-        die(f"no pairs left to train on in {cfg.pairs}")
-    if cfg.batch_size % common.world():
-        die(f"--batch_size {cfg.batch_size} must be a multiple of the {common.world()} ranks")
-    max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(pairs) / cfg.batch_size))
-    print0(f"{len(pairs)} pairs, {max_steps} steps of {cfg.batch_size}")
+    items = read_items(cfg.pairs, "preferences", chat, cfg.max_tokens, cfg.seed)
+    if not items:
+        die(f"no pairs left to train on in {' '.join(cfg.pairs)}")
+    lengths = [len(item) for item in items]
+    max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
+    order = batch_order([item.longest for item in items], cfg.batch_size, max_steps, cfg.seed)
+    print0(f"{len(items)} pairs, {max_steps} steps of {cfg.batch_size}")
 
     # 3) train
-    optimizer = common.make_optimizer(model, cfg.weight_decay)
-    with common.atomic_dir(cfg.out) as folder:
-        log = common.Log(folder, cfg, device, max_steps, cfg.log_every)
-        begin = time.time()
-        for step, batch in enumerate(batch_order(lengths, cfg.batch_size, max_steps, cfg.seed)):
-            tokens = sum(sum(pairs[i][0].mask) for i in batch)  # chosen tokens of the whole batch, all ranks
-            mine = batch[common.rank()::common.world()]
-            totals = torch.zeros(4, dtype=torch.float64)  # loss, NLL, correct pairs, margin
-            for m in range(0, len(mine), cfg.micro_batch_size):
-                micro = [pairs[i] for i in mine[m:m + cfg.micro_batch_size]]
-                both = [c for c, _ in micro] + [r for _, r in micro]  # chosen and rejected share one forward
-                ids, _ = pad_batch(both, chat.pad, device)
-                rewards, logps, _ = model(ids, torch.tensor([len(e.ids) for e in both], device=device), True)
-                chosen, rejected = rewards.chunk(2)
-                ranking = bradley_terry_loss(chosen, rejected).sum() / cfg.batch_size
-                nll = -logps[:len(micro)].sum() / tokens
-                loss = ranking + cfg.lm_weight * nll
-                (loss * common.world()).backward()  # FSDP averages gradients over ranks; the loss is already a share
-                margin = (chosen - rejected).detach()
-                totals += torch.stack([ranking.detach(), nll.detach(), (margin > 0).sum() / cfg.batch_size,
-                                       margin.sum() / cfg.batch_size]).double().cpu()
-            lr = common.cosine_lr(step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
-            norm = common.optimizer_step(model, optimizer, lr, cfg.clip)
-            # everything below is only logging
-            loss, nll, accuracy, margin = common.all_sum(totals).tolist()
-            log.step(step + 1, 2 * sum(lengths[i] for i in batch), **{
-                "loss": loss, "nll": nll, "rewards/accuracies": accuracy, "rewards/margins": margin, "grad_norm": norm,
-                "lr": lr})
-        log.close()
+    optimizer = optim.make_optimizer(model, cfg.weight_decay)
+    identity = {"model": files_fingerprint(model.source), "data": fingerprint(items)}
+    with Run(cfg, device, cfg.model, identity) as run:
+        begin, models = time.time(), {"policy": model}
+        run.restore(models, optimizer)
+        for batch, mine in run.batches(order, lengths):
+            batch = [items[i] for i in batch]
+            tokens = sum(item.trained for item in batch)  # chosen tokens of the whole batch, all ranks
+            for rows in accumulate(model, mine, cfg.reduce_every):
+                micro = [items[i] for i in rows]
+                # chosen and rejected share one forward
+                examples = [item.sides[0] for item in micro] + [item.sides[1] for item in micro]
+                ids, mask, doc_start = pack_batch(examples, device)
+                documents = torch.tensor([len(e.ids) for e in examples] or [2], device=device)
+                rewards, logps, _ = model(ids, documents, True, mask, doc_start)
+                chosen, rejected = rewards[:len(examples)].chunk(2)
+                ranking = bradley_terry_loss(chosen, rejected)
+                nll = -document_sums(logps, examples)[:len(micro)]  # of the chosen ones
+                loss = ranking.sum() / len(batch) + cfg.lm_weight * nll.sum() / tokens
+                loss.backward()
+                margin, trained = chosen - rejected, torch.tensor([item.trained for item in micro])
+                run.meter.add(micro, loss=ranking, nll=(nll, trained), **{"rewards/accuracies": (margin > 0).float(),
+                                                                          "rewards/margins": margin})
+            run.meter.check()  # a NaN ends here, with the row's name
+            lr = optim.cosine_lr(run.step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
+            norm = optim.optimizer_step(model, optimizer, lr, cfg.clip, batch)
+            run.end_step(models, optimizer, max_steps, batch, norm, lr)
 
         # 4) save
-        write_reward_model(Path(folder), model, cfg.model)
+        run.finish(model, **reward_config(model))
     print0(f"saved {cfg.out} after {max_steps} steps in {time.time() - begin:.1f} s")
 
 

@@ -11,16 +11,21 @@ torchrun --nproc_per_node=8 train_sft.py --model DIR --data a.jsonl:0.9 b.jsonl:
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 import common
+import optim
 from chat import Chat
 from common import die, parse_config, print0
-from data import batch_order, drop_long, encode_sft, pack_batch, pad_batch, read_mixture
+from data import batch_order, document_sums, fingerprint, pack_batch, read_items, token_order
 from model import Config as ModelConfig
-from model import Transformer, keep_checkpoints, load, write_checkpoint
+from model import Transformer, load
+from run import Run, RunConfig, files_fingerprint, prepared
+from sharding import accumulate
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     model: str = "out/mini/base"  # checkpoint to start from, or "new" for random weights
     tokenizer: str = "out/mini/tokenizer"  # only for --model new: folder with the tokenizer
     hidden_size: int = 128  # only for --model new
@@ -33,8 +38,7 @@ class Config:
     languages: list[str] = field(default_factory=list)  # train only on these languages (default: all)
     out: str = "out/mini/sft-run"  # checkpoint folder to write
     batch_size: int = 64  # rows per optimizer step, over all ranks
-    micro_batch_size: int = 64  # rows per forward on one rank
-    pack: bool = False  # put a micro-batch's rows end to end without padding
+    batch_tokens: int = 0  # tokens per optimizer step instead of --batch_size rows
     max_tokens: int = 512  # longer rows are dropped, and counted
     epochs: float = 1.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: from --epochs
@@ -43,9 +47,7 @@ class Config:
     min_lr: float = 0.1  # floor of the cosine, as a share of --lr
     weight_decay: float = 0.05  # AdamW, matrices only
     clip: float = 1.0  # largest gradient norm
-    keep: list[int] = field(default_factory=list)  # percents of the steps: also keep OUT/at-50 ..., for merge.py
     seed: int = 0  # of the order of the data (and of new weights)
-    log_every: int = 20  # steps between lines on the console
 
 
 def sft_loss(token_logps, loss_mask, tokens):
@@ -69,54 +71,48 @@ def main(cfg):
             num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
             bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad, logit_scale=1.0,
             initializer_range=cfg.init_std)
-        model = common.wrap(Transformer(config).init_weights(cfg.seed).to(device))
+        model, identity = prepared(cfg)(Transformer(config).init_weights(cfg.seed).to(device)), {}
     else:
-        model = load(cfg.model, device=device, wrap=common.wrap)
+        model = load(cfg.model, torch.float32, "cpu" if cfg.cpu_offload else device, prepared(cfg))
+        identity = {"model": files_fingerprint(model.source)}
 
     # 2) data: what does not fit is counted, never cut
-    rows = [r for r in read_mixture(cfg.data, "sft", cfg.seed) if not cfg.languages or r["language"] in cfg.languages]
-    examples = [encode_sft(chat, row) for row in rows]
-    kept, dropped = drop_long(examples, cfg.max_tokens, [row["language"] for row in rows])
-    examples = [examples[i] for i in kept]
-    if dropped:
-        print0(f"dropped {sum(dropped.values())} rows longer than {cfg.max_tokens} tokens: {dropped}")
-    if not examples:
+    items = read_items(cfg.data, "sft", chat, cfg.max_tokens, cfg.seed,
+                       lambda row: not cfg.languages or row["language"] in cfg.languages)
+    if not items:
         die(f"no rows left to train on in {' '.join(cfg.data)}")
-    if cfg.batch_size % common.world():
-        die(f"--batch_size {cfg.batch_size} must be a multiple of the {common.world()} ranks")
-    max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / cfg.batch_size))
-    print0(f"{len(examples)} rows, {max_steps} steps of {cfg.batch_size} rows = {common.world()} ranks x "
-           f"{-(-cfg.batch_size // common.world() // cfg.micro_batch_size)} micro-batches, "
+    lengths = [len(item) for item in items]
+    per_step = cfg.batch_tokens / (sum(lengths) / len(items)) if cfg.batch_tokens else cfg.batch_size
+    max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(items) / per_step))
+    order = (token_order(lengths, cfg.batch_tokens, max_steps, cfg.seed) if cfg.batch_tokens else
+             batch_order(lengths, cfg.batch_size, max_steps, cfg.seed))
+    print0(f"{len(items)} rows, {max_steps} steps of {cfg.batch_tokens or cfg.batch_size} "
+           f"{'tokens' if cfg.batch_tokens else 'rows'}, "
            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     # 3) train
-    optimizer = common.make_optimizer(model, cfg.weight_decay)
-    with common.atomic_dir(cfg.out) as folder:
-        log = common.Log(folder, cfg, device, max_steps, cfg.log_every)
-        begin = time.time()
-        lengths = [len(e.ids) for e in examples]
-        for step, batch in enumerate(batch_order(lengths, cfg.batch_size, max_steps, cfg.seed)):
-            tokens = sum(sum(examples[i].mask) for i in batch)  # trained tokens of all ranks: every rank sees the order
-            mine = batch[common.rank()::common.world()]
-            total = 0.0
-            for m in range(0, len(mine), cfg.micro_batch_size):
-                micro = [examples[i] for i in mine[m:m + cfg.micro_batch_size]]
-                if cfg.pack:
-                    ids, mask, doc_start = pack_batch(micro, device)
-                else:
-                    (ids, mask), doc_start = pad_batch(micro, chat.pad, device), None
-                loss = sft_loss(model.token_logps(ids, mask, doc_start), mask, tokens)
-                (loss * common.world()).backward()  # FSDP averages gradients over ranks; the loss is already a share
-                total += loss.item()
-            lr = common.cosine_lr(step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
-            norm = common.optimizer_step(model, optimizer, lr, cfg.clip)
-            keep_checkpoints(folder, cfg.keep, step + 1, max_steps, model, source)
-            # everything below is only logging
-            log.step(step + 1, sum(lengths[i] for i in batch), loss=common.all_sum(total), grad_norm=norm, lr=lr)
-        log.close()
+    optimizer = optim.make_optimizer(model, cfg.weight_decay)
+    with Run(cfg, device, source, identity | {"data": fingerprint(items)}) as run:
+        begin, models = time.time(), {"policy": model}
+        run.restore(models, optimizer)
+        for batch, mine in run.batches(order, lengths):
+            tokens = sum(items[i].trained for i in batch)  # trained tokens of all ranks: every rank sees the order
+            for rows in accumulate(model, mine, cfg.reduce_every):
+                micro = [items[i] for i in rows]
+                examples = [item.sides[0] for item in micro]
+                ids, mask, doc_start = pack_batch(examples, device)
+                logps = model.token_logps(ids, mask, doc_start)
+                sft_loss(logps, mask, tokens).backward()
+                trained = torch.tensor([item.trained for item in micro])
+                run.meter.add(micro, loss=(-document_sums(logps.detach(), examples), trained))
+            run.meter.check()  # a NaN ends here, with the row's name
+            lr = optim.cosine_lr(run.step, max_steps, cfg.lr, cfg.warmup_steps, cfg.min_lr)
+            batch = [items[i] for i in batch]
+            norm = optim.optimizer_step(model, optimizer, lr, cfg.clip, batch)
+            run.end_step(models, optimizer, max_steps, batch, norm, lr)
 
         # 4) save
-        write_checkpoint(folder, model, source)
+        run.finish(model)
     print0(f"saved {cfg.out} after {max_steps} steps in {time.time() - begin:.1f} s")
 
 

@@ -29,10 +29,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
-from common import atomic_dir, atomic_file, cosine_lr, parse_config
+import optim
+import sharding
+from common import atomic_dir, atomic_file, parse_config
 from generate import generate
 from model import Config as ModelConfig
 from model import Transformer, load, save
+from optim import cosine_lr
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {
     "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -394,7 +397,7 @@ def tiny_model(seed=0, **sizes):
 def test_optimizer_decays_matrices_and_no_norms():
     model = tiny_model(use_qk_norm=True)
     model.model.layers[1].mlp.requires_grad_(False)
-    optimizer = common.make_optimizer(model, weight_decay=0.1)
+    optimizer = optim.make_optimizer(model, weight_decay=0.1)
     name_of = {id(p): n for n, p in model.named_parameters()}
     decayed, other = ({name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
@@ -408,22 +411,22 @@ def test_optimizer_decays_matrices_and_no_norms():
 def test_weight_decay_by_hand():
     model = tiny_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = common.make_optimizer(model, weight_decay=0.1)
+    optimizer = optim.make_optimizer(model, weight_decay=0.1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    assert common.optimizer_step(model, optimizer, lr=0.5, max_norm=1.0) == 0.0
+    assert optim.optimizer_step(model, optimizer, lr=0.5, max_norm=1.0) == 0.0
     for name, p in model.named_parameters():  # no gradient: what is left is p (1 - lr * decay)
         torch.testing.assert_close(p.detach(), before[name] * (1.0 if "norm" in name else 0.95))
 
 
 def test_a_model_of_matrices_only_has_one_group():
-    assert len(common.make_optimizer(torch.nn.Linear(2, 2, bias=False), 0.1).param_groups) == 1
+    assert len(optim.make_optimizer(torch.nn.Linear(2, 2, bias=False), 0.1).param_groups) == 1
 
 
 def point():
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
-    return layer, common.make_optimizer(layer, weight_decay=0.1, betas=(0.8, 0.9))
+    return layer, optim.make_optimizer(layer, weight_decay=0.1, betas=(0.8, 0.9))
 
 
 def test_optimizer_step_is_clipped_adamw_written_down_again():
@@ -432,7 +435,7 @@ def test_optimizer_step_is_clipped_adamw_written_down_again():
     w, m, v, norms = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0], []
     for t, (lr, g) in enumerate([(0.1, (0.3, 0.4)), (0.05, (-3.0, 4.0)), (0.2, (0.6, 0.0))], 1):
         layer.weight.grad = torch.tensor([g])
-        norms.append(common.optimizer_step(layer, optimizer, lr, max_norm=1.0))
+        norms.append(optim.optimizer_step(layer, optimizer, lr, max_norm=1.0))
         assert layer.weight.grad is None
         clip = min(1.0, 1.0 / math.hypot(*g))
         for i in range(2):
@@ -449,7 +452,7 @@ def test_optimizer_step_refuses_what_is_not_finite(bad):
     layer, optimizer = point()
     layer.weight.grad = torch.tensor([[1.0, bad]])
     with pytest.raises(SystemExit) as e:
-        common.optimizer_step(layer, optimizer, lr=0.1, max_norm=1.0)
+        optim.optimizer_step(layer, optimizer, lr=0.1, max_norm=1.0)
     assert "gradient norm" in e.value.code and "nothing was updated" in e.value.code
     assert layer.weight.tolist() == [[1.0, -2.0]]
 
@@ -475,7 +478,7 @@ def test_log_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "time", types.SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(common, "memory_gb", lambda: 3.14)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", "modèle"])
-    log = common.Log(tmp_path, Required("modèle", 7), "cpu", max_steps=6, every=2)
+    log = common.Log(tmp_path, Required("modèle", 7), "cpu", every=2)
     rows = log_rows(tmp_path)  # the first line is on disk before the first step
     assert rows[0]["argv"] == ["train.py", "--out", "modèle"] and rows[0]["config"] == {"model": "modèle", "seed": 7}
     assert [rows[0][k] for k in ("seed", "ranks", "device", "torch")] == [7, 1, "cpu", torch.__version__]
@@ -485,24 +488,24 @@ def test_log_lines(tmp_path, capsys, monkeypatch):
     assert len(rows) == 1 and capsys.readouterr().out == ""
     for step in range(1, 6):
         now[0] += 0.5
-        log.step(step, 1000 * step, loss=0.5123, **{"rewards/accuracies": 0.75}, lr=5e-7)
+        log.step(step, 6, 1000 * step, {"loss": 0.5123, "rewards/accuracies": 0.75, "lr": 5e-7}, speed={"mfu": 0.42})
         assert log_rows(tmp_path)[-1] == {"step": step, "tokens": 1000 * step, "loss": 0.5123,
-                                          "rewards/accuracies": 0.75, "lr": 5e-7}
+                                          "rewards/accuracies": 0.75, "lr": 5e-7, "speed": {"mfu": 0.42}}
     assert len(log_rows(tmp_path)) == 6
     # steps 1, 2, 4 are shown: the first and every second; tokens since the line before: 1000 in 0.5 s, 2000 in
     # 0.5 s, 7000 in 1 s
     assert capsys.readouterr().out.splitlines() == [
-        f"step {step:04d}/0006 | loss 0.512 | accuracies 0.750 | lr 5.0e-07 | {rate}k tok/s | 3.1 GB"
+        f"step {step:04d}/0006 | loss 0.512 | accuracies 0.750 | lr 5.0e-07 | {rate}k tok/s | mfu 42 % | 3.1 GB"
         for step, rate in ((1, "2.0"), (2, "4.0"), (4, "7.0"))]
     log.close()
     assert "modèle" in (tmp_path / "log.jsonl").read_text(encoding="utf-8")  # UTF-8, not escapes
-    log = common.Log(tmp_path, Required("m"), "cpu", max_steps=7, every=5, append=True)
-    log.step(7, 1, loss=1.0)
+    log = common.Log(tmp_path, Required("m"), "cpu", every=5, kept=log_rows(tmp_path)[:4])  # it goes on behind step 3
+    log.step(7, 7, 1, {"loss": 1.0})
     log.close()
-    assert [r.get("step") for r in log_rows(tmp_path)] == [None, 1, 2, 3, 4, 5, None, 7]
+    assert [r.get("step") for r in log_rows(tmp_path)] == [None, 1, 2, 3, None, 7]
     assert capsys.readouterr().out.startswith("step 0007/0007 | loss 1.000 | ")  # the last step is always shown
-    common.Log(tmp_path, Required("m"), "cpu", max_steps=1).close()
-    assert len(log_rows(tmp_path)) == 1  # without append: a new file
+    common.Log(tmp_path, Required("m"), "cpu").close()
+    assert len(log_rows(tmp_path)) == 1  # without kept: a new file
 
 
 def test_commit_and_memory(tmp_path, monkeypatch):
@@ -534,8 +537,8 @@ def test_one_process_needs_no_group(capsys):
     x, items, model = torch.ones(2), [1, 2], torch.nn.Linear(2, 2)
     assert common.all_sum(x) is x and common.all_sum(3) == 3 and common.gather_list(items) == [1, 2]
     common.barrier()
-    assert common.wrap(model) is model
-    with common.unsharded(model) as inside:
+    assert sharding.wrap(model) is model
+    with sharding.unsharded(model) as inside:
         assert inside is model
     common.print0("once", 2)
     assert capsys.readouterr().out == "once 2\n"
@@ -564,16 +567,16 @@ def train_step(model, optimizer, between=lambda: None, micro_batch_size=2):
     for m in range(0, len(mine), micro_batch_size):
         rows = mine[m:m + micro_batch_size]
         loss = -model.token_logps(ids[rows], mask[rows]).sum() / tokens
-        (loss * common.world()).backward()
+        loss.backward()
         total += loss.item()
     between()
-    return common.all_sum(total), common.optimizer_step(model, optimizer, lr=1e-3, max_norm=1.0)
+    return common.all_sum(total), optim.optimizer_step(model, optimizer, lr=1e-3, max_norm=1.0)
 
 
 def story(model):
     """Online DPO's order of things: sample before any training, train, look, sample, train, look, and then some."""
-    model = common.wrap(model)
-    optimizer = common.make_optimizer(model, weight_decay=0.1)
+    model = sharding.wrap(model)
+    optimizer = optim.make_optimizer(model, weight_decay=0.1)
     found = {"sampled": [], "trained": [], "logps": [], "inside": [], "outside": []}
     whole = lambda: [not hasattr(p, "full_tensor") for p in model.parameters()]
 
@@ -584,7 +587,7 @@ def story(model):
 
     def sample(shares):
         mine = shares if common.world() == 1 else [shares[common.rank()]]
-        with common.unsharded(model):
+        with sharding.unsharded(model):
             found["inside"] += whole()
             found["sampled"].append([generate(model, prompts, n) for prompts, n in mine])
         found["outside"] += whole()
@@ -601,13 +604,13 @@ def story(model):
 
 def story_without_sampling(model):
     """A forward without gradients just before the weights change, as offline DPO's evaluation would do it."""
-    model, found = common.wrap(model), []
+    model, found = sharding.wrap(model), []
 
     def look():
         with torch.no_grad():
             found.append(model.token_logps(*batch()).sum().item())
         found.append(sum(not hasattr(p, "full_tensor") for p in model.parameters()))
-    found += train_step(model, common.make_optimizer(model, weight_decay=0.1), between=look)
+    found += train_step(model, optim.make_optimizer(model, weight_decay=0.1), between=look)
     look()
     return found
 
@@ -634,7 +637,7 @@ def ranks_main(out):
     found["after_barrier"] = (out / "late").exists()
     with atomic_dir(out / "folder") as folder:
         found["folder_is_there"] = folder.is_dir()
-        common.Log(folder, Required("m"), device, 1).close()
+        common.Log(folder, Required("m"), device).close()
         if r == 0:
             time.sleep(0.5)
             (folder / "x").write_text("1", encoding="utf-8")

@@ -277,7 +277,7 @@ RANK = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
-import checkpoint, common
+import checkpoint, common, sharding
 from model import load, save
 common.init_distributed()
 plain = checkpoint.Checkpoint.pread
@@ -287,7 +287,7 @@ def count(self, name, chunk, begin=0):
 checkpoint.Checkpoint.pread = count
 for name in {names!r}:
     asked = []
-    model = load({folder!r} + "/" + name, torch.float32, wrap=common.wrap)
+    model = load({folder!r} + "/" + name, torch.float32, wrap=sharding.wrap)
     own = sum(p.to_local().numel() * 4 for p in model.parameters())
     assert sum(asked) == own, (name, sum(asked), own)
     share = own / sum(p.numel() * 4 for p in model.parameters())

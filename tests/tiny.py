@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import common
+import optim
 from chat import Chat, train_tokenizer
 from data import write_rows
 from model import Config, Transformer, save
@@ -101,17 +102,17 @@ def jobs(path, todo):
 
 def keep_gradients(path):
     """From now on optimizer_step() writes the whole gradients that it is given: path.1, path.2, ... ("" : none)."""
-    plain, count = getattr(common.optimizer_step, "plain", common.optimizer_step), [0]
+    plain, count = getattr(optim.optimizer_step, "plain", optim.optimizer_step), [0]
 
-    def step(model, optimizer, lr, max_norm):
+    def step(model, optimizer, lr, max_norm, items=()):
         count[0] += 1
         grads = {name: p.grad for name, p in model.named_parameters()}
         grads = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
         if path and common.is_main():
             save_file({n: g.clone() for n, g in grads.items()}, f"{path}.{count[0]}")
-        return plain(model, optimizer, lr, max_norm)
+        return plain(model, optimizer, lr, max_norm, items)
 
-    step.plain, common.optimizer_step = plain, step
+    step.plain, optim.optimizer_step = plain, step
 
 
 def run_scripts(commands):
