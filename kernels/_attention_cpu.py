@@ -42,19 +42,39 @@ def dense(q, k, v, doc_start, window, softcap, scale):
     return out.to(q.dtype)
 
 
+class _Spread(torch.autograd.Function):
+    """x.index_select(0, index). Copies that only fill up get no gradient, so its backward is a selection too, no sum."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def documents(q, k, v, starts, lengths, window, softcap, scale):
-    """Packed documents become the rows of padded batches, one for each power of two of the length."""
-    (B, T), outs, order = q.shape[:2], [], []
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    size = lengths.clamp(min=2).sub(1).log2().floor()
-    for s in size.unique():
-        start, length = starts[size == s, None], lengths[size == s, None]
+    """
+    Packed documents become the rows of padded batches: those longer than half the longest, than a quarter of it, and so on.
+    Behind its end a row repeats its last token: no query of the document sees the copies, and what they see is dropped.
+    """
+    (B, T), shapes, indices, back = q.shape[:2], [], [], starts.new_empty(q.shape[0] * q.shape[1])
+    halvings, base = (lengths.max() / lengths).log2().floor(), 0
+    for n in halvings.unique():
+        start, length = starts[halvings == n, None], lengths[halvings == n, None]
         offset = torch.arange(int(length.max()), device=q.device)
-        index = start + torch.minimum(offset, length - 1)  # (documents, longest); the last token fills up
-        rows = [x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in (q, k, v)]
-        outs.append(dense(*rows, None, window, softcap, scale)[offset < length])
-        order.append(index[offset < length])
-    return torch.cat(outs).index_select(0, torch.cat(order).argsort()).view(B, T, *q.shape[1:])
+        indices.append((start + torch.minimum(offset, length - 1)).flatten())
+        shapes.append((len(start), len(offset)))
+        there = (offset < length).flatten().nonzero().squeeze(1)
+        back[indices[-1][there]] = base + there  # of each token, its place in all the batches
+        base += len(indices[-1])
+    index, sizes = torch.cat(indices), [len(i) for i in indices]
+    parts = [_Spread.apply(x.flatten(0, 1), index, back).split(sizes) for x in (q, k, v)]
+    outs = [dense(*(x.view(*shape, *x.shape[1:]) for x in rows), None, window, softcap, scale).flatten(0, 1)
+            for shape, *rows in zip(shapes, *parts)]
+    return torch.cat(outs).index_select(0, back).view(B, T, *q.shape[2:])
 
 
 def attention_cpu(q, k, v, doc_start, window, softcap, scale):
