@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 
 import data
 from chat import CHAT_TEMPLATE, SPECIAL, Chat, train_tokenizer
-from data import (CLUSTERS, LANGUAGES, Example, batch_order, drop_long, encode_row, encode_sft, pack_batch, pad_batch,
-                  read_jsonl, read_mixture, read_rows, write_rows)
+from data import (CLUSTERS, LANGUAGES, Example, Item, append_rows, batch_order, document_sums, drop_long, encode_row,
+                  encode_sft, fingerprint, pack_batch, pad_batch, read_finished, read_items, read_jsonl, read_mixture,
+                  read_rows, split_batch, token_order, write_rows)
 from model import Config, Transformer
 
 SENTENCES = {
@@ -437,6 +438,66 @@ def test_wrong_mixtures(three_files):
     assert "a.jsonl:1: the row has no 'chosen'" in refused(read_mixture, ["a.jsonl"], "preferences", 0)
 
 
+def test_the_share_that_was_reached_is_printed(three_files, capsys):
+    read_mixture(["a.jsonl:0.85", "b.jsonl:0.15"], "sft", 0)
+    assert capsys.readouterr().out == (
+        "a.jsonl: 100 of 118 rows, 84.7 % (asked for 85.0 %; 100 rows, each taken 1.00 times)\n"
+        "b.jsonl: 18 of 118 rows, 15.3 % (asked for 15.0 %; 1000 rows, each taken 0.02 times)\n")
+    read_mixture(["a.jsonl", "c.jsonl"], "sft", 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_shares_are_those_of_the_rows_that_are_left(three_files, chat, capsys):
+    """Rows of other languages, and those that are too long, go before the files are mixed."""
+    write_rows("a.jsonl", [GOOD["sft"] | {"language": ("en", "fr")[i % 2], "prompt": f"a{i}"} for i in range(100)])
+    write_rows("safe.jsonl", [GOOD["sft"] | {"completion": "no " * (50 if i < 6 else 1), "language": ("ar", "hi")[i % 2]}
+                              for i in range(20)])
+    items = read_items(["a.jsonl:0.8", "safe.jsonl:0.2"], "sft", chat, 30, 0, lambda row: row["language"] != "fr")
+    places = collections.Counter(item.where.partition(":")[0] for item in items)
+    assert places == {"a.jsonl": 50, "safe.jsonl": 12} and all(item.longest <= 30 for item in items)  # 50 are 80 %
+    out = capsys.readouterr().out
+    assert "safe.jsonl: 12 of 62 rows, 19.4 % (asked for 20.0 %; 14 rows" in out
+    assert "dropped 6 rows longer than 30 tokens: {'ar': 3, 'hi': 3}" in out
+    assert "has a weight, but no row of it is left" in refused(
+        read_items, ["a.jsonl:0.8", "safe.jsonl:0.2"], "sft", chat, 30, 0, lambda row: row["language"] in ("en", "fr"))
+
+
+def test_items_say_what_and_where(three_files, chat):
+    rows = [{"language": "he", "prompt": SENTENCES["he"], "chosen": SENTENCES["ar"], "rejected": SENTENCES["zh"]},
+            {"language": "hi", "prompt": [{"role": "user", "content": "कर्त्तव्य"}], "chosen": "हाँ", "rejected": "не"}]
+    write_rows("p.jsonl", rows)
+    items = read_items(["p.jsonl"], "preferences", chat, 512, 0)
+    for item, row, number in zip(items, rows, (1, 2), strict=True):
+        expected = [encode_row(chat, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        assert [(e.ids.tolist(), e.mask.tolist()) for e in item.sides] == [(e.ids, e.mask) for e in expected]
+        assert (item.language, item.where) == (row["language"], f"p.jsonl:{number}")
+        assert len(item) == sum(len(e.ids) for e in expected) and item.longest == max(len(e.ids) for e in expected)
+        assert item.trained == sum(expected[0].mask)
+    assert fingerprint(items) == fingerprint(read_items(["p.jsonl"], "preferences", chat, 512, 7)) != fingerprint(items[::-1])
+    items[1].sides[1].mask[-1] = False
+    assert fingerprint(items) != fingerprint(read_items(["p.jsonl"], "preferences", chat, 512, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a file that grows
+
+def test_appended_rows_survive_a_kill_at_every_byte(tmp_path):
+    """Whatever of the second part was written: the first is whole, and appending again ends with the same file."""
+    path, parts = tmp_path / "rows.jsonl", [[{"t": "\u2028三百 a\n"}, {"n": 2}], [{"t": "ثلاثمائة"}, {"n": 4}]]
+    assert read_finished(path) == []
+    append_rows(path, parts[0], after=0)
+    first = path.read_bytes()
+    append_rows(path, parts[1], after=2)
+    whole = path.read_bytes()
+    assert read_finished(path) == parts[0] + parts[1] and whole.startswith(first) and whole.count(b"\n") == 4
+    for cut in range(len(first) - 1, len(whole) + 1):  # -1: all of the first part but its line break
+        path.write_bytes(whole[:cut])
+        rows = read_finished(path)
+        assert rows == (parts[0] + parts[1])[:len(rows)] and len(rows) >= 2
+        append_rows(path, parts[1], after=2)
+        assert path.read_bytes() == whole
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
@@ -482,6 +543,63 @@ def test_packed_padded_and_single_rows_have_the_same_log_probs():
             assert begin == 0 or packed[begin - 1] == 0.0  # one document does not predict the next one's BOS
             begin += n
     assert padded.min() < -3 and len(set(padded[padded != 0].tolist())) > 20
+
+
+def test_nothing_predicts_the_first_token_of_a_document():
+    """A text without BOS trains its first token in its mask; packed, the document before must not predict it."""
+    _, mask, _ = pack_batch([Example([7, 8], [True, True]), Example([9, 10], [True, True])])
+    assert mask.tolist() == [[False, True, False, True]]
+
+
+def test_no_examples_are_two_tokens_that_nobody_trains():
+    ids, mask, doc_start = pack_batch([])
+    assert ids.shape == mask.shape == doc_start.shape == (1, 2) and not mask.any() and not doc_start.any()
+    logps = torch.randn(1, 1, requires_grad=True)
+    assert document_sums(logps, []).shape == (0,)
+    document_sums(logps, []).sum().backward()  # a rank without rows runs its backward as the others do
+    assert logps.grad.tolist() == [[0.0]]
+
+
+def test_document_sums_by_hand():
+    examples = examples_of([2, 4, 1, 3])
+    values = torch.tensor([[1.0, 0.0, 2.0, 4.0, 8.0, 0.0, 0.0, 16.0, 32.0]], requires_grad=True)  # of tokens 1 to 9
+    sums = document_sums(values, examples)
+    assert sums.tolist() == [1.0, 14.0, 0.0, 48.0]
+    (sums * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
+    assert values.grad.tolist() == [[1.0, 10, 10, 10, 10, 100, 1000, 1000, 1000]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("budget, most", [(10**9, 0), (100, 0), (41, 0), (1, 0), (10**9, 3), (100, 2), (10**9, 1)])
+def test_a_batch_is_split_into_micro_batches(ranks, budget, most):
+    lengths, g = lengths_of(200), torch.Generator().manual_seed(5)
+    for size in (1, 2, 7, 64):
+        batch = torch.randperm(200, generator=g)[:size].tolist()
+        split = split_batch(lengths, batch, ranks, budget, most)
+        assert len(split) == ranks and len({len(micros) for micros in split}) == 1  # unequal forwards would hang
+        micros = [m for rank in split for m in rank]
+        assert sorted(i for m in micros for i in m) == sorted(batch)
+        for m in micros:
+            assert len(m) < 2 or sum(lengths[i] for i in m) <= budget
+            assert not most or len(m) <= most
+            assert m == sorted(m, key=batch.index)
+        loads = [sum(lengths[i] for m in rank for i in m) for rank in split]
+        if budget > 10**8 and not most:
+            assert len(split[0]) == 1 and max(loads) - min(loads) <= max(lengths)  # few and even
+    assert split_batch(lengths, batch, ranks, budget, most) == split  # the same on every rank
+
+
+def test_token_order_fills_a_budget():
+    lengths = lengths_of(300)
+    batches = list(token_order(lengths, 200, 60, seed=3))
+    assert list(token_order(lengths, 200, 25, seed=3)) == batches[:25] and len(batches) == 60
+    assert batches != list(token_order(lengths, 200, 60, seed=4))
+    tokens = [sum(lengths[i] for i in b) for b in batches]
+    assert max(tokens) <= 200 and sum(tokens) / len(tokens) > 180  # full, but for the row that did not fit
+    assert all(len(set(b)) == len(b) for b in batches)
+    seen = collections.Counter(i for b in batches for i in b)
+    assert len(seen) == 300 and max(seen.values()) - min(seen.values()) <= 1  # epochs, no row dropped
+    assert list(token_order([50, 60], 10, 3, seed=0)) in ([[0], [1], [0]], [[1], [0], [1]], [[0], [1], [1]], [[1], [0], [0]])
 
 
 def test_drop_long_counts_per_language():
