@@ -250,6 +250,11 @@ def test_training_learns_its_rows(here, tmp_path, name):
 
 # ranks x micro-batches: (ranks, micro-batch size); 1x3 is cut 3 + 3 + 2
 CUTS = {"1x1": (1, 8), "1x3": (1, 3), "1x4": (1, 2), "2x1": (2, 4), "2x2": (2, 2), "4x1": (4, 2)}
+# the same numbers by other means: (ranks, micro-batch size, flags)
+MEANS = {"recompute": (1, 8, ["--activation_checkpointing"]), "recompute-2": (2, 2, ["--activation_checkpointing"]),
+         "offload": (1, 8, ["--cpu_offload"]), "offload-2": (2, 2, ["--cpu_offload"]), "every": (2, 1, ["--reduce_every"]),
+         "few": (4, 1, ["--micro_batch_tokens", 1])}  # some micro-batches are empty
+BFLOAT16 = {"bf16": (1, 8), "bf16-2": (2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +263,9 @@ def cuts(here):
     Every script under every cut, three steps of 8 rows: folder name-cut, gradients beside it as name-cut.step; and the
     commands of others() on one and on two ranks.
     """
-    def flags(name, cut, micro):
+    def flags(name, cut, micro, *more):
         return [*inputs(here, name), "--out", here / f"{name}-{cut}", "--batch_size", 8, "--micro_batch_size", micro,
-                "--max_steps", 3, *FLAT]
+                "--max_steps", 3, *FLAT, *more]
 
     for cut, (ranks, micro) in CUTS.items():
         if ranks == 1:
@@ -271,13 +276,18 @@ def cuts(here):
     todo = {ranks: [[here / f"{name}-{cut}", f"train_{name}.py", *flags(name, cut, micro)]
                     for cut, (r, micro) in CUTS.items() if r == ranks for name in SCRIPTS] for ranks in (1, 2, 4)}
     todo[1] = [["", *words] for words in others(here, "one")]
+    for how, (ranks, micro, more) in MEANS.items():
+        todo[ranks] += [[here / f"{name}-{how}", f"train_{name}.py", *flags(name, how, micro, *more)] for name in SCRIPTS]
+    for how, (ranks, micro) in BFLOAT16.items():
+        todo[ranks] += [[here / f"{name}-{how}", f"train_{name}.py", *flags(name, how, micro, "--param_dtype", "bfloat16")]
+                        for name in SCRIPTS]
     todo[2] += [["", *words] for words in others(here, "two")]
     tiny.jobs(here / "jobs.json", todo)
     return here
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("cut", [c for c in CUTS if c != "1x1"])
+@pytest.mark.parametrize("cut", [c for c in [*CUTS, *MEANS] if c != "1x1"])
 def test_gradients_do_not_depend_on_the_cut(cuts, name, cut):
     for step in (1, 2, 3):
         expected, found = load_file(cuts / f"{name}-1x1.{step}"), load_file(cuts / f"{name}-{cut}.{step}")
@@ -295,6 +305,28 @@ def test_gradients_do_not_depend_on_the_cut(cuts, name, cut):
     expected, found = (load_file(cuts / f"{name}-{c}" / "model.safetensors") for c in ("1x1", cut))
     for key, p in expected.items():
         assert found[key].shape == p.shape and (found[key] - p).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bfloat16_matmuls_over_float32_weights(cuts, name):
+    """One rank and two agree as far as bfloat16 goes, both are near float32, and what is summed and stored is float32."""
+    exact = load_file(cuts / f"{name}-1x1.1")
+    both = [load_file(cuts / f"{name}-{how}.1") for how in BFLOAT16]
+    for found in both:
+        assert found.keys() == exact.keys() and all(g.dtype == torch.float32 for g in found.values())
+        norm = lambda grads: math.sqrt(sum(g.square().sum().item() for g in grads.values()))
+        away = {key: found[key] - g for key, g in exact.items()}
+        assert 1e-4 < norm(away) / norm(exact) < 0.05, norm(away) / norm(exact)
+    for how in BFLOAT16:
+        log, plain = steps(cuts / f"{name}-{how}"), steps(cuts / f"{name}-1x1")
+        assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in plain], rel=0.05)
+        if name == "dpo":
+            assert log[0]["rewards/margins"] == 0 and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        saved = load_file(cuts / f"{name}-{how}" / "model.safetensors")
+        assert all(p.dtype == torch.bfloat16 for p in saved.values())
+        start = load_file(cuts / "base" / "model.safetensors")
+        moved = [not torch.equal(p, start[key].bfloat16()) for key, p in saved.items() if key in start]
+        assert sum(moved) > len(moved) / 2
 
 
 def test_gradients_differ_between_batches(cuts):
