@@ -167,36 +167,49 @@ def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
 
 
 def real_plan(preset, how="models"):
-    """The same pipeline for aya-expanse on 8 GPUs, with the data a user brings. Rates are ours: none are published."""
+    """
+    The same pipeline for aya-expanse on GPUs, with the data a user brings: 8b on one machine of 8, 32b on four. Rates are
+    ours: none are published. Between stages checkpoints are float32, since bfloat16 would swallow much of what DPO moves;
+    the last merge is bfloat16. Safety (Aakanksha et al. 2024, arXiv 2406.18682): 15 % of the student's rows in SFT and
+    offline DPO are safety data.
+    """
     base = f"checkpoints/aya-expanse-{preset}"
     rates = {"8b": ("2e-5", "5e-7"), "32b": ("1e-5", "3e-7")}[preset]
     out, train = f"out/{preset}", "torchrun --standalone --nproc_per_node=8"
+    if preset == "32b":  # the same line on each of the four machines, which share a file system
+        train = "torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HEAD:29500"
     clusters = {c: " ".join(languages) for c, languages in CLUSTERS.items()}
-    sft = f"--batch_size 256 --micro_batch_size 4 --max_tokens 4096 --lr {rates[0]} --weight_decay 0 --epochs 1"
-    dpo = f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr {rates[1]} --beta 0.1"
+    memory = "--micro_batch_tokens 16384 --max_tokens 4096 --activation_checkpointing --save_minutes 30 --async_save" + (
+        " --reduce_every" if preset == "32b" else "")
+    sft = f"--batch_size 256 {memory} --lr {rates[0]} --weight_decay 0 --epochs 1"
+    dpo = f"--batch_size 128 {memory} --lr {rates[1]} --beta 0.1 --save_dtype float32"
+    safe = lambda data, safety: f"{data}:0.85 data/{safety}.jsonl:0.15"
 
-    def per_cluster(stage, start, command):
+    def per_cluster(stage, start, command, dtype=""):
         merged = merge_command(out, stage, [f"{stage}-{c}" for c in clusters], start, "data", how)
         return [(stage, [[f"{train} {command(c)} --languages {languages} --out {out}/{stage}-{c}{keep_flag(how)}"
-                          for c, languages in clusters.items()], [merged]])]
+                          for c, languages in clusters.items()], [merged + dtype]])]
 
     stages = per_cluster("teacher", base, lambda c: f"train_sft.py --model {base} --data data/teacher.jsonl {sft}")
     stages += [("rm", [[f"{train} train_rm.py --model {out}/teacher --pairs data/rm_pairs.jsonl --out {out}/rm "
-                        f"--batch_size 128 --micro_batch_size 2 --max_tokens 4096 --lr 5e-6 --weight_decay 0"],
+                        f"--batch_size 128 {memory} --lr 5e-6 --weight_decay 0"],
                        [f"python reward.py --model {out}/rm --rows data/m_rewardbench.jsonl --audit "
                         f"--out {out}/rm-audit.json"]]),
                ("arbitrage", [[f"{train} arbitrage.py --prompts data/prompts.jsonl --teachers "
                                f"{' '.join(f'{out}/teacher-{c}' for c in clusters)} --reward_model {out}/rm "
                                f"--temperature 0.7 --max_new_tokens 1024 --out {out}/arbitrage"]])]
-    stages += per_cluster("sft", base, lambda c: f"train_sft.py --model {base} --data {out}/arbitrage/sft.jsonl {sft}")
+    stages += per_cluster("sft", base, lambda c: (
+        f"train_sft.py --model {base} --data {safe(f'{out}/arbitrage/sft.jsonl', 'safety_sft')} {sft} "
+        "--save_dtype float32"))
     stages += per_cluster("offline-dpo", f"{out}/sft", lambda c: (
-        f"train_dpo.py --model {out}/sft --pairs {out}/arbitrage/pairs.jsonl {dpo}"))
+        f"train_dpo.py --model {out}/sft --pairs {safe(f'{out}/arbitrage/pairs.jsonl', 'safety_pairs')} {dpo}"))
     policy = "offline-dpo"
     for number in (1, 2, 3):
         start = policy
         stages += per_cluster(f"online-{number}", f"{out}/{start}", lambda c: (
             f"train_dpo.py --model {out}/{start} --prompts data/online-{number}.jsonl --reward_model {out}/rm "
-            f"--rounds 1 --samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"))
+            f"--rounds 1 --samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"),
+            " --dtype bfloat16" if number == 3 else "")
         policy = f"online-{number}"
     return stages + [("eval", [[f"{train} eval.py --model {out}/{policy} --tasks mini --data data/eval "
                                 f"--out {out}/eval"]])]
