@@ -194,11 +194,11 @@ class KVCache:
 
 class Transformer(nn.Module):
     """
-    A causal language model. `source`: the folder it was loaded from, or None. `recompute`: activation checkpointing (Chen
+    A causal language model. `source`: the folder it was loaded from, or None; `stored`: its dtype there. `recompute`: activation checkpointing (Chen
     et al. 2016, arXiv 1604.06174): a block's inside is computed again in the backward pass instead of kept.
     """
 
-    source, has_head, recompute = None, True, False
+    source, stored, has_head, recompute = None, torch.float32, True, False
 
     def __init__(self, cfg):
         super().__init__()
@@ -313,7 +313,8 @@ def fill(model, stored, dtype=None, device=None, wrap=None, fresh=None):
     sizes = Counter()
     for shape, kind in table.values():
         sizes[kind] += math.prod(shape)
-    model.to(dtype or sizes.most_common(1)[0][0])
+    stored_dtype = sizes.most_common(1)[0][0]
+    model.to(dtype or stored_dtype)
     model = wrap(model) if wrap else model
     if any(hasattr(p, "to_local") for p in model.parameters()):  # FSDP's shards
         model.to_empty(device=device or "cpu")
@@ -331,7 +332,7 @@ def fill(model, stored, dtype=None, device=None, wrap=None, fresh=None):
     for name, number in fresh.items():
         p = parameters[name].detach()
         (p.to_local() if hasattr(p, "to_local") else p).fill_(number)
-    model.source = stored.folder
+    model.source, model.stored = stored.folder, stored_dtype
     return model
 
 

@@ -37,7 +37,7 @@ class RunConfig:
     micro_batch_tokens: int = 16384  # tokens per forward on one rank, rows packed without padding (at least one row)
     micro_batch_size: int = 0  # most rows per forward on one rank (0: as many as --micro_batch_tokens holds)
     param_dtype: str = ""  # float32 or bfloat16, of the matmuls; weights are float32 (default: bfloat16 on a GPU)
-    save_dtype: str = ""  # of the checkpoint that is written (default: --param_dtype)
+    save_dtype: str = ""  # of the checkpoint that is written (default: that of --model)
     activation_checkpointing: bool = False  # compute a block's inside again in the backward pass instead of keeping it
     compile: bool = False  # torch.compile, block by block
     cpu_offload: bool = False  # keep weights, gradients and optimizer state in the CPU's memory
@@ -57,10 +57,16 @@ FREE = {"micro_batch_tokens", "micro_batch_size", "param_dtype", "save_dtype", "
 
 
 def param_dtype(cfg):
+    """The dtype of the matmuls."""
     name = cfg.param_dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if name not in ("float32", "bfloat16") or cfg.save_dtype not in ("", "float32", "bfloat16", "float16"):
         die(f"--param_dtype is float32 or bfloat16, --save_dtype those or float16; got {name!r}, {cfg.save_dtype!r}")
     return getattr(torch, name)
+
+
+def save_dtype(cfg, model):
+    """The dtype of the checkpoint that is written."""
+    return getattr(torch, cfg.save_dtype) if cfg.save_dtype else model.stored
 
 
 def prepared(cfg):
@@ -263,10 +269,6 @@ class Run:
 
     # --- the result ---
 
-    @property
-    def save_dtype(self):
-        return getattr(torch, self.cfg.save_dtype) if self.cfg.save_dtype else param_dtype(self.cfg)
-
     def keep(self, max_steps, model):
         """
         After a step, for each percent of the steps in --keep that is now reached: OUT/at-P, a checkpoint. What merge.py
@@ -279,16 +281,17 @@ class Run:
                     shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
                     path.mkdir()
                 barrier()
-                write_checkpoint(path, model, self.source, self.save_dtype)
+                write_checkpoint(path, model, self.source, save_dtype(self.cfg, model))
 
     def finish(self, model, **config):
         """Writes the checkpoint, reads it back, and only then does it take the place of what was there before."""
         self.states.end_pending(wait=True)
         self.log.close()
         with writing(self.out):
-            write_checkpoint(self.folder, model, self.source, self.save_dtype, **config)
+            dtype = save_dtype(self.cfg, model)
+            write_checkpoint(self.folder, model, self.source, dtype, **config)
             barrier()
-            verify(self.folder, model, self.save_dtype)
+            verify(self.folder, model, dtype)
             barrier()
             if is_main():
                 shutil.rmtree(self.states.folder, ignore_errors=True)

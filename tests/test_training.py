@@ -279,7 +279,8 @@ def cuts(here):
     for how, (ranks, micro, more) in MEANS.items():
         todo[ranks] += [[here / f"{name}-{how}", f"train_{name}.py", *flags(name, how, micro, *more)] for name in SCRIPTS]
     for how, (ranks, micro) in BFLOAT16.items():
-        todo[ranks] += [[here / f"{name}-{how}", f"train_{name}.py", *flags(name, how, micro, "--param_dtype", "bfloat16")]
+        todo[ranks] += [[here / f"{name}-{how}", f"train_{name}.py", *flags(name, how, micro, "--param_dtype", "bfloat16",
+                                                                        "--save_dtype", "bfloat16")]
                         for name in SCRIPTS]
     todo[2] += [["", *words] for words in others(here, "two")]
     tiny.jobs(here / "jobs.json", todo)
