@@ -308,6 +308,26 @@ def test_gradients_do_not_depend_on_the_cut(cuts, name, cut):
         assert found[key].shape == p.shape and (found[key] - p).abs().max() < 1e-4, key
 
 
+def test_compiled_blocks_give_the_same_gradients(cuts, tmp_path, monkeypatch):
+    """--compile, with the compiler's front half alone: the back half takes minutes on a CPU."""
+    plain, compiled = torch.nn.Module.compile, []
+
+    def front_half(block, **options):
+        compiled.append(options)
+        plain(block, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", front_half)
+    tiny.keep_gradients(tmp_path / "compiled")
+    try:
+        run("sft", *inputs(cuts, "sft"), "--out", tmp_path / "out", "--batch_size", 8, "--max_steps", 3, *FLAT, "--compile")
+    finally:
+        optim.optimizer_step = optim.optimizer_step.plain
+    assert compiled == [{"dynamic": True}] * 2
+    for step in (1, 2, 3):
+        expected, found = load_file(cuts / f"sft-1x1.{step}"), load_file(tmp_path / f"compiled.{step}")
+        assert all((found[key] - g).abs().max() < 1e-5 for key, g in expected.items())
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bfloat16_matmuls_over_float32_weights(cuts, name):
     """One rank and two agree as far as bfloat16 goes, both are near float32, and what is summed and stored is float32."""
