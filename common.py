@@ -121,17 +121,19 @@ def parse_config(config_class, argv=None):
 # ranks
 
 def init_distributed():
-    """
-    Joins torchrun's group if there is one: gloo for what lies in the CPU's memory (numbers, files, offloaded shards),
-    nccl for the GPUs'. Returns this rank's torch.device.
-    """
+    """Joins torchrun's group if there is one. Returns this rank's torch.device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group(backend())
     return device
+
+
+def backend():
+    """Of every process group: gloo for what lies in the CPU's memory, and nccl for what lies in the GPUs'."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def rank():

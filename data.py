@@ -103,14 +103,13 @@ def read_jsonl(path):
 
 
 def read_checked(path, kind):
-    """[(row, "file:line")] of a file, each row checked. kind: prompts, sft, preferences or completions."""
-    rows = []
+    """Yields (row, "file:line"), each row checked. kind: prompts, sft, preferences or completions."""
+    where = ""
     for row, where in read_jsonl(path):
         check_row(row, kind, where)
-        rows.append((row, where))
-    if not rows:
+        yield row, where
+    if not where:
         die(f"{path} holds no rows")
-    return rows
 
 
 def read_rows(path, kind):
@@ -167,8 +166,8 @@ def read_mixture(specs, kind, seed, keep=None, make=None):
             path, weight = spec, None  # a colon that belongs to the path
         if weight is not None and not weight > 0:
             die(f"{spec}: a weight must be above 0")
-        rows = [(row, where) for row, where in read_checked(path, kind) if keep is None or keep(row)]
-        made = [row if make is None else make(row, where) for row, where in rows]
+        made = (row if make is None else make(row, where) for row, where in read_checked(path, kind)
+                if keep is None or keep(row))  # one row at a time: a million of them as JSON would take gigabytes
         parts.append((path, weight, [m for m in made if m is not None]))
     weights = [weight for _, weight, _ in parts]
     if all(w is None for w in weights):

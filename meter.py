@@ -4,6 +4,7 @@ floating-point operations a second the model got out of the machine.
 """
 
 import math
+import re
 import statistics
 
 import torch
@@ -11,14 +12,14 @@ import torch
 from common import all_sum, die, gather_list, world
 
 # Peak of dense bfloat16 matmuls, FLOP/s, by a part of the name that torch gives the GPU: the vendor's data sheets.
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
-        "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12}
+PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+        "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def peak_flops():
     """Of one GPU, or None if it is not in the table (a CPU never is)."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for part, flops in PEAK.items() if part in name), None)
+    return next((flops for part, flops in PEAK.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def training_flops(cfg, lengths, trained):
@@ -30,7 +31,7 @@ def training_flops(cfg, lengths, trained):
     """
     C, D, H, Hkv = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
     block = C * D * (2 * H + 2 * Hkv) + 3 * C * cfg.intermediate_size
-    tokens, total = sum(lengths), 6 * cfg.num_hidden_layers * block * sum(lengths) + 6 * C * cfg.vocab_size * trained
+    total = 6 * cfg.num_hidden_layers * block * sum(lengths) + 6 * C * cfg.vocab_size * trained
     windows = [cfg.window(layer) for layer in range(cfg.num_hidden_layers)]
     for window in set(windows):
         pairs = 0
@@ -38,7 +39,7 @@ def training_flops(cfg, lengths, trained):
             w = min(n, window or n)
             pairs += w * (w + 1) // 2 + (n - w) * w
         total += windows.count(window) * 12 * H * D * pairs
-    return total if tokens else 0
+    return total
 
 
 class Meter:
@@ -59,11 +60,13 @@ class Meter:
                                         for pair in pairs for x in pair]))
 
     def check(self):
-        """Ends the program if a row gave NaN or infinity, and names the rows: nothing has been updated yet."""
+        """Ends the program, on all ranks, if a row gave NaN or infinity, and names it: nothing has been updated yet."""
         self.table = torch.cat(self.values, 1).cpu()  # (2 x names, rows)
         broken = [item.where for item, fine in zip(self.rows, self.table.isfinite().all(0).tolist()) if not fine]
-        if broken:
-            if len(broken) == len(self.rows):
+        count, rows = all_sum(torch.tensor([float(len(broken)), float(len(self.rows))])).tolist()
+        if count:
+            broken = gather_list(broken)
+            if count == rows and count > 1:
                 die(f"the loss of every row ({broken[0]}, ...) is not a number: nothing was updated; the steps before have "
                     "ruined the weights: lower --lr")
             broken = list(dict.fromkeys(broken))
@@ -79,12 +82,16 @@ class Meter:
         self.rows, self.values = [], []
         return {name: s / n if n else math.nan for name, s, n in zip(self.names, total[::2], total[1::2])}
 
-    def per_language(self):
-        """language -> {"n": rows, name: mean} since the last call, over all ranks."""
+    def sums(self):
+        """language -> [rows, and of each name the sum and the count] since the last per_language(), over all ranks."""
         found = {}
         for language, sums in gather_list(sorted(self.languages.items())):
             found[language] = [a + b for a, b in zip(found.get(language, [0] * len(sums)), sums)]
-        self.languages = {}
+        return found
+
+    def per_language(self):
+        """language -> {"n": rows, name: mean} since the last call, over all ranks."""
+        found, self.languages = self.sums(), {}
         return {language: {"n": n, **{name: s / c for name, s, c in zip(self.names, sums[::2], sums[1::2]) if c}}
                 for language, (n, *sums) in sorted(found.items())}
 

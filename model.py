@@ -27,6 +27,7 @@ from checkpoint import Checkpoint
 from common import atomic_dir, die, is_main
 from config import LLAMA3, Config
 from kernels import attention, layernorm, rmsnorm, rope, swiglu, token_logps
+from sharding import first_row, local, whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
@@ -324,14 +325,11 @@ def fill(model, stored, dtype=None, device=None, wrap=None, fresh=None):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
     parameters = dict(model.named_parameters())
     for name in sorted(own, key=lambda name: (stored.file[name], stored.begin[name])):
-        p, row = parameters[name].detach(), 0
-        if hasattr(p, "to_local"):  # FSDP2: equal runs of rows, the last ranks may have fewer or none
-            row, p = -(-p.shape[0] // p.device_mesh.size()) * p.device_mesh.get_local_rank(), p.to_local()
-        if p.numel():
-            stored.read_into(name, p, row)
-    for name, number in fresh.items():
         p = parameters[name].detach()
-        (p.to_local() if hasattr(p, "to_local") else p).fill_(number)
+        if local(p).numel():
+            stored.read_into(name, local(p), first_row(p))
+    for name, number in fresh.items():
+        local(parameters[name].detach()).fill_(number)
     model.source, model.stored = stored.folder, stored_dtype
     return model
 
@@ -364,8 +362,7 @@ def write_checkpoint(folder, model, source=None, dtype=None, architecture=None, 
     """
     state = model.state_dict()
     table = {name: (tuple(p.shape), dtype or p.dtype) for name, p in state.items()}
-    checkpoint.write_weights(folder, table, lambda name: state[name].full_tensor() if hasattr(
-        state[name], "full_tensor") else state[name])
+    checkpoint.write_weights(folder, table, lambda name: whole(state[name]))
     if is_main():
         stored = Counter(kind for _, kind in table.values()).most_common(1)[0][0]
         (folder / "config.json").write_text(model.cfg.to_json(architecture, stored, **extra), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from common import die
+from sharding import whole
 
 
 def cosine_lr(step, max_steps, peak, warmup=0, floor=0.0):
@@ -62,11 +63,10 @@ def make_optimizer(model, weight_decay, betas=(0.9, 0.95)):
 
 def optimizer_step(model, optimizer, lr, max_norm, items=()):
     """
-    Clips the global gradient norm, sets the learning rate, steps. Returns the norm before clipping; on NaN or infinity
-    the program ends before any weight has changed, and names the batch's `items` (as data.py has them).
+    Clips the global gradient norm (max_norm 0: does not), sets the learning rate, steps. Returns the norm before clipping;
+    on NaN or infinity the program ends before any weight has changed, and names the batch's `items` (as data.py has them).
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)).item()
     if not math.isfinite(norm):
         rows = ", ".join(item.where for item in items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
         die(f"the gradient norm is {norm}: nothing was updated; lower --lr, or look for a broken row"

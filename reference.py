@@ -54,8 +54,8 @@ def reference_logps(cfg, run, model, items, lengths, order, seq_logps):
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     folder = Path(cfg.reference_cache or run.folder)
     path = folder / f"reference-{key[:16]}.safetensors"
-    barrier()
-    known = read(path, key, len(items))
+    # one rank reads for all: another run may be writing the file, and ranks that see other rows would wait for each other
+    known = all_sum(read(path, key, len(items)) if is_main() else torch.zeros(len(items), 2)).float()
     mine, seen = torch.zeros(len(items), 3, dtype=torch.float64), set(known.isfinite().all(1).nonzero().flatten().tolist())
     if run.step and not all(i in seen for batch in order for i in batch):
         die(f"{path} is missing or damaged, and the run goes on behind step {run.step}, where the weights that it was "
@@ -81,8 +81,9 @@ def reference_logps(cfg, run, model, items, lengths, order, seq_logps):
                 if i not in seen:
                     mine[i] = torch.tensor([chosen, rejected, 1.0], dtype=torch.float64)
         seen.update(batch)
-        new, stop = True, run.should_stop()
-        late = all_sum(float(is_main() and time.perf_counter() - saved > 60 * cfg.save_minutes)) > 0
+        late = is_main() and time.perf_counter() - saved > 60 * cfg.save_minutes
+        stop, late = all_sum(torch.tensor([float(run.stopping), float(late)])).tolist()
+        new = True
         if stop or late:
             write()
             saved = time.perf_counter()

@@ -9,9 +9,11 @@ The same command again goes on where the last state was saved (--resume auto), b
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -26,7 +28,7 @@ from common import (Log, all_sum, atomic_file, barrier, die, gather_list, is_mai
                     replace_dir, world, writing)
 from data import split_batch
 from model import write_checkpoint
-from sharding import local, wrap
+from sharding import first_row, local, wrap
 from state import States, tensors_of
 
 CHUNK = 1 << 26  # bytes hashed at once
@@ -53,7 +55,7 @@ class RunConfig:
 # what may change when a run goes on; every other flag changes what is trained
 FREE = {"micro_batch_tokens", "micro_batch_size", "param_dtype", "save_dtype", "activation_checkpointing", "compile",
         "cpu_offload", "reduce_every", "resume", "save_every", "save_minutes", "async_save", "log_every", "keep", "lr",
-        "min_lr", "warmup_steps", "weight_decay", "clip", "max_steps", "epochs", "out"}
+        "min_lr", "warmup_steps", "weight_decay", "clip", "out", "reference_cache"}
 
 
 def param_dtype(cfg):
@@ -70,7 +72,13 @@ def save_dtype(cfg, model):
 
 
 def prepared(cfg):
-    """The flags' way to shard a model: for model.load(wrap=...)."""
+    """Checks the flags -> their way to shard a model, for model.load(wrap=...)."""
+    for name in ("micro_batch_tokens", "batch_size", "log_every", "samples", "rounds", "prompts_at_once", "max_tokens"):
+        if getattr(cfg, name, 1) < 1:
+            die(f"--{name} is at least 1, got {getattr(cfg, name)}")
+    for name in ("micro_batch_size", "batch_tokens", "save_every", "max_steps", "epochs", "clip", "warmup_steps"):
+        if getattr(cfg, name, 0) < 0:
+            die(f"--{name} is at least 0, got {getattr(cfg, name)}")
     def shard(model):
         model.recompute = cfg.activation_checkpointing
         return wrap(model, param_dtype(cfg), cfg.cpu_offload, cfg.compile)
@@ -99,17 +107,25 @@ def weights_fingerprint(model):
 
 
 def verify(folder, model, dtype):
-    """Reads back what was written, every rank its rows, and compares it with the weights; ends with the tensor's name."""
+    """
+    Reads back what was written, every rank its rows, from the disk rather than from the page cache, and compares it with
+    the weights; ends with the tensor's name.
+    """
+    for path in sorted(folder.glob("*.safetensors")) if is_main() else []:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    barrier()
     stored = Checkpoint(folder)
     for name, p in model.named_parameters():
-        row = -(-p.shape[0] // p.device_mesh.size()) * p.device_mesh.get_local_rank() if hasattr(p, "to_local") else 0
         part = local(p.detach()).to(dtype)
         back = torch.empty_like(part, device="cpu")
         if part.numel():
-            stored.read_into(name, back, row)
+            stored.read_into(name, back, first_row(p))
         if not torch.equal(back, part.cpu()):
-            die(f"{folder}: tensor {name} is not what was written: the disk is at fault; the checkpoint that was there "
-                "before is intact, and so is the saved state")
+            die(f"{folder}: tensor {name} is not what was written: disk or memory are at fault; the checkpoint that was "
+                "there before is intact, and so is the saved state")
 
 
 class Run:
@@ -117,37 +133,49 @@ class Run:
     `with Run(cfg, device, source, identity) as run:` opens the folder, or the one that the same command left unfinished;
     then `run.round` and `run.step` say how far it had come (steps done in this round). `source`: checkpoint folder with
     the tokenizer. `identity`: name -> digest of what else the run depends on (model, data); an unfinished run whose
-    identity or settings differ is refused, with the differences.
+    identity or settings differ is refused, with the differences. `config`: what the checkpoint's config.json adds.
     """
 
-    def __init__(self, cfg, device, source, identity):
-        self.cfg, self.source, self.identity, self.out = cfg, source, identity, Path(cfg.out)
+    def __init__(self, cfg, device, source, identity, **config):
+        self.cfg, self.source, self.identity, self.config, self.out = cfg, source, identity, config, Path(cfg.out)
         self.folder = self.out.with_name(self.out.name + ".unfinished")
         self.round, self.step, self.total, self.facts = 1, 0, 0, {}  # total: steps of all rounds
-        self.meter, self.stopping, self.peak = meter.Meter(), False, meter.peak_flops()
+        self.meter, self.stopping = meter.Meter(), False
+        self.peak = meter.peak_flops() if param_dtype(cfg) == torch.bfloat16 else None
         self.states, self.found = States(self.folder / "resume", cfg.async_save), None
         if cfg.resume not in ("auto", "never"):
             die(f"--resume is auto or never, got {cfg.resume!r}")
         for percent in cfg.keep:
             if not 0 < percent < 100:
                 die(f"--keep {percent}: a percent of the steps, 1 to 99; the last step is kept anyway")
+        self.lock()
+        try:
+            self.open(device)
+        except BaseException:
+            self.unlock()
+            raise
+
+    def open(self, device):
+        """Goes on with the folder, or empties it."""
+        cfg = self.cfg
         if cfg.resume == "auto" and (self.folder / "run.json").exists():
             before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             self.found = self.states.newest()
             if self.found or any(self.folder.glob("completions-*")):
-                self.compare(before, identity)
+                self.compare(before)
             else:
-                self.begin_again()  # it was killed before it had anything to lose
+                self.begin_again("reference-*")  # nothing else could be lost, and these are named by what they hold
         else:
-            self.begin_again()
+            self.begin_again("reference-*" if cfg.resume == "auto" else "")
         if self.found:
             path, self.facts = self.found
             self.round, self.step, self.total = (self.facts[key] for key in ("round", "step", "total"))
+            self.meter.languages = self.facts.pop("languages") if is_main() else {}
             print0(f"going on from {path}: {self.total} steps done")
         barrier()
         if is_main():
             with atomic_file(self.folder / "run.json") as f:
-                json.dump({"config": dataclasses.asdict(cfg), "identity": identity}, f, ensure_ascii=False, indent=1)
+                json.dump({"config": dataclasses.asdict(cfg), "identity": self.identity}, f, ensure_ascii=False, indent=1)
         self.log = Log(self.folder, cfg, device, cfg.log_every, self.logged())
 
     def __enter__(self):
@@ -158,22 +186,42 @@ class Run:
     def __exit__(self, kind, error, trace):
         signal.signal(signal.SIGTERM, self.before)
         self.log.close()
+        self.unlock()
 
-    def begin_again(self):
+    def lock(self):
+        """One run at a time: two would delete each other's files. The kernel ends the lock with the process."""
         with writing(self.out):
-            barrier()  # nobody looks at what is removed now
             if is_main():
-                shutil.rmtree(self.folder, ignore_errors=True)
                 recover_dir(self.out)
-                self.folder.mkdir(parents=True)
+                shutil.rmtree(self.out / "resume", ignore_errors=True)  # a kill came at the very end of finish()
+                (self.out / "run.json").unlink(missing_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.locked = os.open(self.folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    die(f"another run works in {self.folder}: wait for it to end, or give another --out")
             barrier()
 
-    def compare(self, before, identity):
+    def unlock(self):
+        if is_main():
+            os.close(self.locked)
+
+    def begin_again(self, keep):
+        """Empties the folder, but for the files of this pattern."""
+        with writing(self.out):
+            barrier()  # nobody looks at what is removed now
+            kept = set(self.folder.glob(keep)) if keep else set()
+            for path in set(self.folder.iterdir()) - kept if is_main() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            barrier()
+
+    def compare(self, before):
         """Lists what has changed since the run began; ends if that changes what is trained."""
         now = dataclasses.asdict(self.cfg)
         changed = {f"--{k}": (before["config"][k], v) for k, v in now.items() if before["config"].get(k, v) != v}
-        for key in identity:
-            if before["identity"].get(key) != identity[key]:
+        for key in self.identity:
+            if before["identity"].get(key) != self.identity[key]:
                 changed[f"the content of the {key}"] = ("what it was", "another")
         said = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
         if any(k.removeprefix("--") not in FREE for k in changed):
@@ -190,6 +238,8 @@ class Run:
         if not self.found:
             return ()
         rows, steps = [], 0
+        if not (self.folder / "log.jsonl").exists():
+            return ()
         for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").split("\n") if is_main() else []:
             try:
                 row = json.loads(line)
@@ -238,7 +288,6 @@ class Run:
         now, model = time.perf_counter(), next(iter(models.values()))
         means = self.meter.means()
         speed = meter.speed(model.cfg, items, self.loads, now - self.stepped, self.peak) | {"peak_gb": memory_gb()}
-        self.stepped = now
         rounds = {"round": self.round} if getattr(self.cfg, "prompts", "") else {}
         self.log.step(self.step, max_steps, sum(map(len, items)), means | {"grad_norm": norm, "lr": lr}, **rounds,
                       speed=speed)
@@ -254,18 +303,21 @@ class Run:
                 self.save(models, optimizer)
         if stop:
             self.stop()
+        self.stepped = time.perf_counter()  # what was logged and saved is not the next step's time
 
     def save(self, models, optimizer, **facts):
         """A state of the run as it is now."""
         self.facts |= facts
         self.states.save(self.total, tensors_of(models, optimizer), self.facts | {
-            "round": self.round, "step": self.step, "total": self.total, "ranks": world()})
+            "round": self.round, "step": self.step, "total": self.total, "ranks": world(),
+            "languages": self.meter.sums()})
         self.saved = time.perf_counter()
 
     def next_round(self, models, optimizer):
         """Behind the last step of a round that is not the last: the next one samples from these weights."""
         self.round, self.step, optimizer.state = self.round + 1, 0, {}
         self.save(models, optimizer)
+        self.states.end_pending(wait=True)  # sampling is long, and nobody would look whether it is written
 
     # --- the result ---
 
@@ -277,24 +329,28 @@ class Run:
         for percent in self.cfg.keep:
             if self.step == max(1, round(max_steps * percent / 100)):
                 path = self.folder / f"at-{percent}"
-                if is_main():
-                    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
-                    path.mkdir()
-                barrier()
-                write_checkpoint(path, model, self.source, save_dtype(self.cfg, model))
+                with writing(path):
+                    if is_main():
+                        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
+                        path.mkdir()
+                    barrier()
+                    write_checkpoint(path, model, self.source, save_dtype(self.cfg, model), **self.config)
 
-    def finish(self, model, **config):
+    def finish(self, model):
         """Writes the checkpoint, reads it back, and only then does it take the place of what was there before."""
         self.states.end_pending(wait=True)
         self.log.close()
         with writing(self.out):
             dtype = save_dtype(self.cfg, model)
-            write_checkpoint(self.folder, model, self.source, dtype, **config)
+            for old in self.folder.glob("model*.safetensors*") if is_main() else ():
+                old.unlink()  # of a run that was killed here, perhaps with other file names
+            barrier()
+            write_checkpoint(self.folder, model, self.source, dtype, **self.config)
             barrier()
             verify(self.folder, model, dtype)
             barrier()
             if is_main():
-                shutil.rmtree(self.states.folder, ignore_errors=True)
-                (self.folder / "run.json").unlink()
                 replace_dir(self.folder, self.out)
+                shutil.rmtree(self.out / "resume", ignore_errors=True)  # only now: a kill before goes on from there
+                (self.out / "run.json").unlink()
             barrier()

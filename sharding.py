@@ -15,7 +15,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 
-from common import world
+from common import backend, world
 
 
 def fsdp_modules(model):
@@ -41,7 +41,7 @@ def wrap(model, param_dtype=torch.float32, cpu_offload=False, compile_blocks=Fal
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():  # one process: bfloat16 matmuls over float32 weights, by the same code
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     options = {
         "mesh": dist.init_device_mesh("cuda" if cuda else "cpu", (world(),)),
         # inputs are not cast: the rotation's cos and sin stay in float32
@@ -76,26 +76,38 @@ def unsharded(model):
     never wrapped (a teacher, a reward model) is whole on every rank already.
     """
     parts = fsdp_modules(model)
-    if not parts:
-        yield model
-        return
-    model._get_fsdp_state()._lazy_init()  # sampling enters at the blocks: the first to run would make itself the root
-    for m in parts:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
-    try:
-        yield model
-    finally:
+    compiled = any(part._compiled_call_impl for part in model.modules())  # a cache would use up its recompilations
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        if not parts:
+            yield model
+            return
+        model._get_fsdp_state()._lazy_init()  # sampling enters at the blocks: the first to run would make itself the root
         for m in parts:
-            m.reshard()
-            m.set_reshard_after_forward(True, recurse=False)
-        # the next backward would prefetch what ran before it, here: another layer, or none, on every rank
-        model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
+            m.set_reshard_after_forward(False, recurse=False)
+            m.unshard()
+        try:
+            yield model
+        finally:
+            reshard(model, parts)
+
+
+def reshard(model, parts):
+    """The end of unsharded()."""
+    for m in parts:
+        m.reshard()
+        m.set_reshard_after_forward(True, recurse=False)
+    # the next backward would prefetch what ran before it, here: another layer, or none, on every rank
+    model._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 def local(t):
     """A tensor's part on this rank."""
     return t.to_local() if hasattr(t, "to_local") else t
+
+
+def first_row(t):
+    """The row of the whole tensor at which this rank's part begins: equal runs, the last ranks may have fewer or none."""
+    return -(-t.shape[0] // t.device_mesh.size()) * t.device_mesh.get_local_rank() if hasattr(t, "to_local") else 0
 
 
 def whole(t):

@@ -20,15 +20,17 @@ import os
 import random
 import re
 import shutil
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, print0, rank, world
+from common import all_sum, atomic_file, backend, barrier, die, fsync, gather_list, is_main, print0, rank, world
 
 KEPT = 2  # never one: the last may be the one that breaks
 
@@ -106,7 +108,7 @@ class States:
         if asynchronous:
             self.thread = ThreadPoolExecutor(1)
             if not dist.is_initialized():
-                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
             self.group = dist.new_group(backend="gloo")  # on the training's own group it would race its collectives
 
     def all(self):
@@ -117,9 +119,14 @@ class States:
         """(folder, what its state.json says) of the newest undamaged state; None if there is no state at all."""
         barrier()
         states = self.all()
-        for path in states:
+        for n, path in enumerate(states):
             if not (problem := damage(path)):
-                return path, json.loads((path / "state.json").read_text(encoding="utf-8"))
+                facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                barrier()
+                for bad in states[:n] if is_main() else []:  # it must not count as one of those that are kept
+                    os.rename(bad, bad.with_name(f"damaged-{bad.name}-{time.time_ns()}"))
+                barrier()
+                return path, facts
             print0(f"{path} is refused: {problem}")
         if states:
             die(f"no saved state in {self.folder} is whole; copy it again, or start over with --resume never")
@@ -149,7 +156,7 @@ class States:
                 with quiet():
                     dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
                 self.seal(path, partial, self.sync(partial))
-        except (OSError, RuntimeError, dcp.CheckpointException) as e:  # the last is no Exception
+        except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as e:  # the last is no Exception
             self.failed(path, e)
 
     def failed(self, path, e):
@@ -171,10 +178,11 @@ class States:
         if is_main():
             with atomic_file(partial / "manifest.json") as f:
                 json.dump(dict(files), f, indent=1)
-            shutil.rmtree(path, ignore_errors=True)  # of this step, refused as damaged
+            if path.exists():  # a state of this step: it goes when the new one has its name
+                os.rename(path, self.folder / f".{path.name}.old.partial")
             os.rename(partial, path)
             fsync(self.folder)
-            for old in self.all()[KEPT:]:
+            for old in [*self.all()[KEPT:], *self.folder.glob(".step-*.partial")]:
                 shutil.rmtree(old)
         barrier()
 

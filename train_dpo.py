@@ -146,8 +146,8 @@ def main(cfg):
     make_miniature(cfg)
     chat, place = Chat(cfg.model), "cpu" if cfg.cpu_offload else device
     policy = load(cfg.model, torch.float32, place, prepared(cfg))
-    identity, optimizer, models = {"model": files_fingerprint(policy.source)}, optim.make_optimizer(policy, cfg.weight_decay), {
-        "policy": policy}
+    identity, models = {"model": files_fingerprint(policy.source)}, {"policy": policy}
+    optimizer = optim.make_optimizer(policy, cfg.weight_decay)
     if cfg.live_reference:
         models["reference"] = load(cfg.model, torch.float32, place, prepared(cfg)).requires_grad_(False)
 

@@ -68,7 +68,7 @@ def main(cfg):
     # 3) train
     optimizer = optim.make_optimizer(model, cfg.weight_decay)
     identity = {"model": files_fingerprint(model.source), "data": fingerprint(items)}
-    with Run(cfg, device, cfg.model, identity) as run:
+    with Run(cfg, device, cfg.model, identity, **reward_config(model)) as run:
         begin, models = time.time(), {"policy": model}
         run.restore(models, optimizer)
         for batch, mine in run.batches(order, lengths):
@@ -95,7 +95,7 @@ def main(cfg):
             run.end_step(models, optimizer, max_steps, batch, norm, lr)
 
         # 4) save
-        run.finish(model, **reward_config(model))
+        run.finish(model)
     print0(f"saved {cfg.out} after {max_steps} steps in {time.time() - begin:.1f} s")
 
 

@@ -139,7 +139,7 @@ def shifted(start, end):
     ("completion_mask", shifted(0, -1)),  # the end of turn is missing
     ("completion_mask", shifted(0, 1)),  # padding is in it
     ("completion_mask", lambda self, ids, lengths: torch.arange(ids.shape[1]) < lengths[:, None]),  # all of the row
-    ("hidden", lambda self, ids: reward_file.Transformer.hidden(self, ids, positions=torch.arange(ids.shape[1]) // 2))])
+    ("hidden", lambda self, ids, **_: reward_file.Transformer.hidden(self, ids, positions=torch.arange(ids.shape[1]) // 2))])
 def test_a_mutant_is_seen(mutant, model, chat, monkeypatch):
     monkeypatch.setattr(RewardModel, "plain_mask", RewardModel.completion_mask, raising=False)
     expected = [by_hand(model, chat, p, c) for p, c in PAIRS]
