@@ -125,8 +125,13 @@ class Run:
         for percent in cfg.keep:
             if not 0 < percent < 100:
                 die(f"--keep {percent}: a percent of the steps, 1 to 99; the last step is kept anyway")
-        if cfg.resume == "auto" and (self.folder / "run.json").exists():
-            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        settings = {"config": dataclasses.asdict(cfg), "identity": identity}
+        if cfg.resume == "auto" and not self.folder.exists() and self.settings_in(self.out) == settings:
+            self.clean()
+            print0(f"{self.out} is finished, what the run needed while it ran is now gone")
+            raise SystemExit(0)
+        before = self.settings_in(self.folder) if cfg.resume == "auto" else None
+        if before:
             self.found = self.states.newest()
             if self.found or any(self.folder.glob("completions-*")):
                 self.compare(before, identity)
@@ -140,8 +145,9 @@ class Run:
             print0(f"going on from {path}: {self.total} steps done")
         barrier()
         if is_main():
+            recover_dir(self.out)
             with atomic_file(self.folder / "run.json") as f:
-                json.dump({"config": dataclasses.asdict(cfg), "identity": identity}, f, ensure_ascii=False, indent=1)
+                json.dump(settings, f, ensure_ascii=False, indent=1)
         self.log = Log(self.folder, cfg, device, cfg.log_every, self.logged())
 
     def __enter__(self):
@@ -152,6 +158,16 @@ class Run:
     def __exit__(self, kind, error, trace):
         signal.signal(signal.SIGTERM, self.before)
         self.log.close()
+
+    @staticmethod
+    def settings_in(folder):
+        """What a run has written into its run.json; None if there is none."""
+        try:
+            return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            die(f"{folder / 'run.json'} is damaged: put it back, or start over with --resume never")
 
     def begin_again(self):
         with writing(self.out):
@@ -291,7 +307,14 @@ class Run:
             verify(self.folder, model, self.save_dtype)
             barrier()
             if is_main():
-                shutil.rmtree(self.states.folder, ignore_errors=True)
-                (self.folder / "run.json").unlink()
                 replace_dir(self.folder, self.out)
-            barrier()
+            self.clean()
+
+    def clean(self):
+        """What the run needed to go on leaves OUT only now: killed at any moment, it goes on, or is seen to have ended."""
+        barrier()
+        if is_main():
+            shutil.rmtree(self.out.with_name(f".{self.out.name}.old"), ignore_errors=True)
+            shutil.rmtree(self.out / self.states.folder.name, ignore_errors=True)
+            (self.out / "run.json").unlink()
+        barrier()
