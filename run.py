@@ -146,6 +146,8 @@ class Run:
         barrier()
         if is_main():
             recover_dir(self.out)
+            for partial in self.folder.glob(".*.partial-*"):  # of atomic_file, in a run that was killed
+                partial.unlink()
             with atomic_file(self.folder / "run.json") as f:
                 json.dump(settings, f, ensure_ascii=False, indent=1)
         self.log = Log(self.folder, cfg, device, cfg.log_every, self.logged())
