@@ -131,6 +131,9 @@ class Run:
             print0(f"{self.out} is finished, what the run needed while it ran is now gone")
             raise SystemExit(0)
         before = self.settings_in(self.folder) if cfg.resume == "auto" else None
+        if cfg.resume == "auto" and not before and self.states.all():
+            die(f"{self.folder / 'run.json'} is missing, which says whose the states beside it are: put it back, or start "
+                "over with --resume never")
         if before:
             self.found = self.states.newest()
             if self.found or any(self.folder.glob("completions-*")):
