@@ -136,7 +136,7 @@ class Run:
                 "over with --resume never")
         if before:
             self.found = self.states.newest()
-            if self.found or any(self.folder.glob("completions-*")):
+            if self.found or [*self.folder.glob("completions-*"), *self.folder.glob("reference-*")]:
                 self.compare(before, identity)
             else:
                 self.begin_again()  # it was killed before it had anything to lose
