@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, print0, rank, world
@@ -149,7 +150,7 @@ class States:
                 with quiet():
                     dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
                 self.seal(path, partial, self.sync(partial))
-        except (OSError, RuntimeError, dcp.CheckpointException) as e:  # the last is no Exception
+        except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as e:  # the last is no Exception
             self.failed(path, e)
 
     def failed(self, path, e):
