@@ -273,7 +273,8 @@ class Run:
     def save(self, models, optimizer, **facts):
         """A state of the run as it is now."""
         self.facts |= facts
-        self.states.save(self.total, tensors_of(models, optimizer), self.facts | {
+        between = "-next" if self.step == 0 else ""  # not the name of the state of the round's last step: both stay whole
+        self.states.save(f"step-{self.total:08d}{between}", tensors_of(models, optimizer), self.facts | {
             "round": self.round, "step": self.step, "total": self.total, "ranks": world()})
         self.saved = time.perf_counter()
 

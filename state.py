@@ -112,7 +112,7 @@ class States:
 
     def all(self):
         """Folders, the newest first. Only whole ones have this name."""
-        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)), reverse=True)
+        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(-next)?", p.name)), reverse=True)
 
     def newest(self):
         """(folder, what its state.json says) of the newest undamaged state; None if there is no state at all."""
@@ -125,11 +125,11 @@ class States:
         if states:
             die(f"no saved state in {self.folder} is whole; copy it again, or start over with --resume never")
 
-    def save(self, step, tensors, facts):
-        """tensors: name -> tensor or shard; facts: JSON. `step` names the folder."""
+    def save(self, name, tensors, facts):
+        """tensors: name -> tensor or shard; facts: JSON. name: step-00000400, or step-00000400-next behind it."""
         import torch.distributed.checkpoint as dcp
         self.end_pending(wait=True)
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / name
         partial = self.folder / f".{path.name}.partial"
         try:
             if is_main():
