@@ -175,7 +175,9 @@ class States:
             shutil.rmtree(path, ignore_errors=True)  # of this step, refused as damaged
             os.rename(partial, path)
             fsync(self.folder)
-            for old in self.all()[KEPT:]:
+            states = self.all()
+            at = states.index(path)
+            for old in states[:at] + states[at + KEPT:]:  # what lies ahead was refused, the run went on from before it
                 shutil.rmtree(old)
         barrier()
 
