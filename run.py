@@ -204,8 +204,9 @@ class Run:
         """The rows of log.jsonl up to the state that the run goes on from."""
         if not self.found:
             return ()
-        rows, steps = [], 0
-        for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").split("\n") if is_main() else []:
+        rows, steps, path = [], 0, self.folder / "log.jsonl"
+        text = path.read_text(encoding="utf-8", errors="replace") if is_main() and path.exists() else ""
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:
