@@ -22,7 +22,7 @@ import torch
 
 import meter
 from checkpoint import Checkpoint
-from common import (Log, all_sum, atomic_file, barrier, die, gather_list, is_main, memory_gb, print0, rank, recover_dir,
+from common import (Log, all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, memory_gb, print0, rank, recover_dir,
                     replace_dir, world, writing)
 from data import split_batch
 from model import write_checkpoint
@@ -298,11 +298,14 @@ class Run:
         for percent in self.cfg.keep:
             if self.step == max(1, round(max_steps * percent / 100)):
                 path = self.folder / f"at-{percent}"
-                if is_main():
-                    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
-                    path.mkdir()
-                barrier()
-                write_checkpoint(path, model, self.source, self.save_dtype)
+                with writing(path):
+                    if is_main():
+                        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
+                        path.mkdir()
+                    barrier()
+                    write_checkpoint(path, model, self.source, self.save_dtype)
+                    for file in [*path.rglob("*"), path] if is_main() else []:
+                        fsync(file)  # a state that comes behind this step must not be on the disk before it
 
     def finish(self, model, **config):
         """Writes the checkpoint, reads it back, and only then does it take the place of what was there before."""
