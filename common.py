@@ -314,8 +314,9 @@ class Log:
 
     def write(self, row):
         if self.file:
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.file.flush()
+            with writing(self.file.name):
+                self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.file.flush()
 
     def step(self, step, max_steps, tokens, metrics, **more):
         """step is 1-based; tokens: how many this step took over all ranks; metrics: name -> number; more: for the file."""
@@ -331,7 +332,8 @@ class Log:
 
     def close(self):
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a row that did not fit on the disk, which has been said
+                self.file.close()
 
 
 def memory_gb():

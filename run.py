@@ -24,7 +24,7 @@ import torch
 
 import meter
 from checkpoint import Checkpoint
-from common import (Log, all_sum, atomic_file, barrier, die, gather_list, is_main, memory_gb, print0, rank, recover_dir,
+from common import (Log, all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, memory_gb, print0, rank, recover_dir,
                     replace_dir, world, writing)
 from data import split_batch
 from model import write_checkpoint
@@ -148,18 +148,28 @@ class Run:
         for percent in cfg.keep:
             if not 0 < percent < 100:
                 die(f"--keep {percent}: a percent of the steps, 1 to 99; the last step is kept anyway")
+        settings = {"config": dataclasses.asdict(cfg), "identity": identity}
+        ended = cfg.resume == "auto" and not self.folder.exists() and self.settings_in(self.out) == settings
+        barrier()  # every rank has looked
+        if ended:
+            self.clean()
+            print0(f"{self.out} is finished, what the run needed while it ran is now gone")
+            raise SystemExit(0)
         self.lock()
         try:
-            self.open(device)
+            self.open(device, settings)
         except BaseException:
             self.unlock()
             raise
 
-    def open(self, device):
+    def open(self, device, settings):
         """Goes on with the folder, or empties it."""
         cfg = self.cfg
-        if cfg.resume == "auto" and (self.folder / "run.json").exists():
-            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        before = self.settings_in(self.folder) if cfg.resume == "auto" else None
+        if cfg.resume == "auto" and not before and self.states.all():
+            die(f"{self.folder / 'run.json'} is missing, which says whose the states beside it are: put it back, or start "
+                "over with --resume never")
+        if before:
             self.found = self.states.newest()
             if self.found or any(self.folder.glob("completions-*")):
                 self.compare(before)
@@ -174,8 +184,10 @@ class Run:
             print0(f"going on from {path}: {self.total} steps done")
         barrier()
         if is_main():
+            for partial in self.folder.glob(".*.partial-*"):  # of atomic_file, in a run that was killed
+                partial.unlink()
             with atomic_file(self.folder / "run.json") as f:
-                json.dump({"config": dataclasses.asdict(cfg), "identity": self.identity}, f, ensure_ascii=False, indent=1)
+                json.dump(settings, f, ensure_ascii=False, indent=1)
         self.log = Log(self.folder, cfg, device, cfg.log_every, self.logged())
 
     def __enter__(self):
@@ -188,13 +200,21 @@ class Run:
         self.log.close()
         self.unlock()
 
+    @staticmethod
+    def settings_in(folder):
+        """What a run has written into its run.json; None if there is none."""
+        try:
+            return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            die(f"{folder / 'run.json'} is damaged: put it back, or start over with --resume never")
+
     def lock(self):
         """One run at a time: two would delete each other's files. The kernel ends the lock with the process."""
         with writing(self.out):
             if is_main():
                 recover_dir(self.out)
-                shutil.rmtree(self.out / "resume", ignore_errors=True)  # a kill came at the very end of finish()
-                (self.out / "run.json").unlink(missing_ok=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.locked = os.open(self.folder, os.O_RDONLY)
                 try:
@@ -237,10 +257,9 @@ class Run:
         """The rows of log.jsonl up to the state that the run goes on from."""
         if not self.found:
             return ()
-        rows, steps = [], 0
-        if not (self.folder / "log.jsonl").exists():
-            return ()
-        for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").split("\n") if is_main() else []:
+        rows, steps, path = [], 0, self.folder / "log.jsonl"
+        text = path.read_text(encoding="utf-8", errors="replace") if is_main() and path.exists() else ""
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:
@@ -308,7 +327,8 @@ class Run:
     def save(self, models, optimizer, **facts):
         """A state of the run as it is now."""
         self.facts |= facts
-        self.states.save(self.total, tensors_of(models, optimizer), self.facts | {
+        between = "-next" if self.step == 0 else ""  # not the name of the state of the round's last step: both stay whole
+        self.states.save(f"step-{self.total:08d}{between}", tensors_of(models, optimizer), self.facts | {
             "round": self.round, "step": self.step, "total": self.total, "ranks": world(),
             "languages": self.meter.sums()})
         self.saved = time.perf_counter()
@@ -335,6 +355,8 @@ class Run:
                         path.mkdir()
                     barrier()
                     write_checkpoint(path, model, self.source, save_dtype(self.cfg, model), **self.config)
+                    for file in [*path.rglob("*"), path] if is_main() else []:
+                        fsync(file)  # a state that comes behind this step must not be on the disk before it
 
     def finish(self, model):
         """Writes the checkpoint, reads it back, and only then does it take the place of what was there before."""
@@ -351,6 +373,13 @@ class Run:
             barrier()
             if is_main():
                 replace_dir(self.folder, self.out)
-                shutil.rmtree(self.out / "resume", ignore_errors=True)  # only now: a kill before goes on from there
-                (self.out / "run.json").unlink()
-            barrier()
+            self.clean()
+
+    def clean(self):
+        """What the run needed to go on leaves OUT only now: killed at any moment, it goes on, or is seen to have ended."""
+        barrier()
+        if is_main():
+            shutil.rmtree(self.out.with_name(f".{self.out.name}.old"), ignore_errors=True)
+            shutil.rmtree(self.out / self.states.folder.name, ignore_errors=True)
+            (self.out / "run.json").unlink()
+        barrier()

@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,29 +112,24 @@ class States:
 
     def all(self):
         """Folders, the newest first. Only whole ones have this name."""
-        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)), reverse=True)
+        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(-next)?", p.name)), reverse=True)
 
     def newest(self):
         """(folder, what its state.json says) of the newest undamaged state; None if there is no state at all."""
         barrier()
         states = self.all()
-        for n, path in enumerate(states):
+        for path in states:
             if not (problem := damage(path)):
-                facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                barrier()
-                for bad in states[:n] if is_main() else []:  # it must not count as one of those that are kept
-                    os.rename(bad, bad.with_name(f"damaged-{bad.name}-{time.time_ns()}"))
-                barrier()
-                return path, facts
+                return path, json.loads((path / "state.json").read_text(encoding="utf-8"))
             print0(f"{path} is refused: {problem}")
         if states:
             die(f"no saved state in {self.folder} is whole; copy it again, or start over with --resume never")
 
-    def save(self, step, tensors, facts):
-        """tensors: name -> tensor or shard; facts: JSON. `step` names the folder."""
+    def save(self, name, tensors, facts):
+        """tensors: name -> tensor or shard; facts: JSON. name: step-00000400, or step-00000400-next behind it."""
         import torch.distributed.checkpoint as dcp
         self.end_pending(wait=True)
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / name
         partial = self.folder / f".{path.name}.partial"
         try:
             if is_main():
@@ -182,7 +176,10 @@ class States:
                 os.rename(path, self.folder / f".{path.name}.old.partial")
             os.rename(partial, path)
             fsync(self.folder)
-            for old in [*self.all()[KEPT:], *self.folder.glob(".step-*.partial")]:
+            states = self.all()
+            at = states.index(path)
+            # of the states ahead one was refused, and the run went on from before it
+            for old in [*states[:at], *states[at + KEPT:], *self.folder.glob(".step-*.partial")]:
                 shutil.rmtree(old)
         barrier()
 

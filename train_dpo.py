@@ -190,6 +190,10 @@ def main(cfg):
                 items = read_items([str(pairs_path)], "preferences", chat, cfg.max_tokens, cfg.seed)
                 if not items:
                     die(f"no pairs to train on (round {round_number}): all are longer than {cfg.max_tokens} tokens")
+                made = fingerprint(items)
+                if run.step and run.facts.get("pairs", made) != made:
+                    die(f"{pairs_path} has changed since the round began: put it back, or start over with --resume never")
+                run.facts["pairs"] = made
 
             # 3) train against the policy as it is now
             lengths = [len(item) for item in items]
