@@ -585,7 +585,7 @@ def test_a_batch_is_split_into_micro_batches(ranks, budget, most):
             assert m == sorted(m, key=batch.index)
         loads = [sum(lengths[i] for m in rank for i in m) for rank in split]
         if budget > 10**8 and not most:
-            assert len(split[0]) == 1 and max(loads) - min(loads) <= max(lengths)  # few and even
+            assert len(split[0]) == 1 and (max(loads) - min(loads) <= 6 or size < 64)  # few and even
     assert split_batch(lengths, batch, ranks, budget, most) == split  # the same on every rank
 
 
@@ -596,7 +596,7 @@ def test_token_order_fills_a_budget():
     assert batches != list(token_order(lengths, 200, 60, seed=4))
     tokens = [sum(lengths[i] for i in b) for b in batches]
     assert max(tokens) <= 200 and sum(tokens) / len(tokens) > 180  # full, but for the row that did not fit
-    assert all(len(set(b)) == len(b) for b in batches)
+    assert all(len(set(b)) == len(b) for b in [*batches, *token_order([5] * 7, 20, 50, seed=1)])  # no row twice in one
     seen = collections.Counter(i for b in batches for i in b)
     assert len(seen) == 300 and max(seen.values()) - min(seen.values()) <= 1  # epochs, no row dropped
     assert list(token_order([50, 60], 10, 3, seed=0)) in ([[0], [1], [0]], [[1], [0], [1]], [[0], [1], [1]], [[1], [0], [0]])
