@@ -22,15 +22,10 @@ import torch
 import common
 import state
 from common import parse_config
-from forked import (SCRIPTS, all_of, before, broken, calls, counted, flags, full_disk, go, inputs, kill, patched, refused,
-                    same, states, steps, straight, term)
+from forked import (SCRIPTS, STEP, before, broken, flags, folder, full_disk, go, inputs, kill, patched, refused, same,
+                    states, steps, straight, term)
 
 cpu = tiny.cpu
-STEP = "optim:optimizer_step"
-
-
-def folder(out):
-    return out.with_name(out.name + ".unfinished")
 
 
 def content(path):
@@ -228,16 +223,27 @@ def test_what_was_written_is_read_back(inputs, straight, tmp_path, name, ranks):
     old, words = content(out), [*flags(inputs, name), "--out", out, "--save_every", 3]
     done = go(name, *words, ranks=ranks, fault=flipped, code=None)
     lines = [line for err in done.err for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith(f"error: {folder(out)}: tensor ") and "is not what was written" in lines[0]
+    line, = lines
+    assert line.startswith(f"error: {folder(out)}: tensor ") and "is not what was written" in line
     assert 0 not in done.codes and content(out) == old and [p.name for p in states(out)] == ["step-00000003"]
     assert "3 steps done" in go(name, *words, ranks=ranks).out[0]
     same(out, straight(name, ranks=ranks))
 
 
-# --- ranks that die, under torchrun ---
+# --- ranks that die ---
+
+@pytest.mark.parametrize("act, code", [(kill, -9), (broken, 1)])
+def test_when_a_rank_dies_the_other_ends_by_itself(inputs, straight, tmp_path, act, code):
+    words = [*flags(inputs, "dpo"), "--out", tmp_path / "out", "--save_every", 1]
+    begin = time.time()
+    done = go("dpo", *words, ranks=2, code=None, fault=partial(before, STEP, 3, act, only=1))
+    assert done.codes == [1, code] and time.time() - begin < 30  # the harness would have ended it with kill -9
+    assert "2 steps done" in go("dpo", *words, ranks=2).out[0]
+    same(tmp_path / "out", straight("dpo", ranks=2))
+
 
 # what happens in each attempt of torchrun; None: nothing
-STORIES = {"dies": [partial(before, STEP, 4, kill, only=1), None], "raises": [partial(before, STEP, 3, broken, only=0)],
+STORIES = {"dies": [partial(before, STEP, 4, kill, only=1), None],
            "slow": [partial(patched, STEP, lambda plain: lambda *args: (time.sleep(0.7), plain(*args))[1])]}
 
 
@@ -275,16 +281,6 @@ def test_torchrun_carries_on_after_a_dead_rank(inputs, straight, tmp_path):
     assert process.returncode == 0 and "step-00000002: 2 steps done" in out, err[-3000:]
     assert all_gone(tmp_path) == 4
     same(tmp_path / "out", straight("sft", ranks=2))
-
-
-def test_one_rank_raises_and_all_end(inputs, straight, tmp_path):
-    words = [*flags(inputs, "dpo"), "--out", tmp_path / "out"]
-    process = torchrun(tmp_path, "raises", "dpo", *words, "--save_every", 1)
-    out, err = process.communicate(timeout=200)
-    ended = time.time() - (folder(tmp_path / "out") / "log.jsonl").stat().st_mtime
-    assert process.returncode == 1 and "a bug" in err and ended < 30 and all_gone(tmp_path) == 2
-    assert "2 steps done" in go("dpo", *words, ranks=2).out[0]
-    same(tmp_path / "out", straight("dpo", ranks=2))
 
 
 def test_torchrun_is_told_to_stop(inputs, straight, tmp_path):

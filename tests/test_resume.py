@@ -29,15 +29,10 @@ import train_dpo
 import train_rm
 import train_sft
 from data import Example, Item
-from forked import (FILE_OPERATIONS, all_of, before, before_file_operation, calls, counted, flags, go, inputs, kill, patched, refused, same, states,
-                    steps, straight, term)
+from forked import (FILE_OPERATIONS, STEP, all_of, before, before_file_operation, calls, counted, flags, folder, go,
+                    inputs, kill, patched, refused, same, states, steps, straight, term)
 
 cpu = tiny.cpu
-STEP = "optim:optimizer_step"
-
-
-def folder(out):
-    return out.with_name(out.name + ".unfinished")
 
 
 # --- stopped and continued ---
@@ -47,13 +42,14 @@ CASES += [("dpo", ("--live_reference",), 1), ("dpo", ("--live_reference",), 2), 
           ("sft", ("--async_save",), 2), ("dpo", ("--param_dtype", "bfloat16"), 1), ("sft", ("--batch_tokens", 150), 1)]
 
 
-@pytest.mark.parametrize("name, more, ranks", CASES, ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else None)
+@pytest.mark.parametrize("name, more, ranks", CASES)
 def test_stopped_killed_and_continued(inputs, straight, tmp_path, name, more, ranks):
     """SIGTERM in step 2, where a checkpoint is kept; saves behind step 4, kill -9 in step 5; then to the end."""
     words = [*flags(inputs, name), *more, "--out", tmp_path / "out", "--keep", 33, 67]
     stopped = go(name, *words, ranks=ranks, fault=partial(before, STEP, 2, term, only=ranks - 1), code=143)
     assert "stopped by SIGTERM after 2 steps" in stopped.out[0] and stopped.err == [""] * ranks
-    killed = go(name, *words, "--save_every", 2, ranks=ranks, fault=partial(before, STEP, 3, kill, only=ranks - 1), code=None)
+    killed = go(name, *words, "--save_every", 2, ranks=ranks, code=None,
+                fault=partial(before, STEP, 3, kill, only=ranks - 1))
     assert killed.codes[-1] == -9 and "2 steps done" in killed.out[0]
     found = [p.name for p in states(tmp_path / "out")]
     assert found == ["step-00000004", "step-00000002"] or ("--async_save" in more and found == ["step-00000002"])
@@ -64,7 +60,8 @@ def test_stopped_killed_and_continued(inputs, straight, tmp_path, name, more, ra
 @pytest.mark.parametrize("more, ranks", [((), 1), ((), 2), (("--live_reference",), 1)])
 def test_online_rounds_stopped_everywhere(inputs, straight, tmp_path, more, ranks):
     """
-    Nine prompts, two at a time: three parts in the first round, two in the second; each is sampled and answered greedily.
+    Nine prompts, two at a time: three parts in the first round, two in the second; each is sampled, then answered
+    greedily.
     """
     words, asked = [*flags(inputs, "online"), *more, "--out", tmp_path / "out"], tmp_path / "asked"
     count = partial(counted, asked, "train_dpo:complete")
@@ -124,14 +121,15 @@ def looks_whole(out, *finished):
 
 
 @pytest.mark.parametrize("name, more, ranks, seed", [
-    ("sft", (), 1, 1), ("rm", ("--async_save",), 1, 2), ("dpo", ("--keep", 50), 1, 3), ("dpo", (), 2, 4), ("online", (), 1, 5)])
+    ("sft", (), 1, 1), ("rm", ("--async_save",), 1, 2), ("dpo", ("--keep", 50), 1, 3), ("dpo", (), 2, 4),
+    ("online", (), 1, 5)])
 def test_killed_at_random_many_times(inputs, straight, tmp_path, name, more, ranks, seed):
     """kill -9 before one of the operations on files, again and again, where an older OUT lies; then to the end."""
     out, rng, killed, old = tmp_path / "out", random.Random(seed), 0, straight("sft", "--seed", 1)
     shutil.copytree(old, out)
     words = [*flags(inputs, name), *more, "--out", out, "--save_every", 1]
     for _ in range(6 if ranks == 1 else 3):
-        done = go(name, *words, ranks=ranks, fault=partial(before_file_operation, rng.randint(1, 50), kill), code=None)
+        done = go(name, *words, ranks=ranks, code=None, fault=partial(before_file_operation, rng.randint(1, 50), kill))
         looks_whole(out, old, straight(name, *more, ranks=ranks))
         killed += -9 in done.codes
         if set(done.codes) == {0}:
@@ -186,8 +184,8 @@ def forked(work, *faults):
 
 def every_kill(here, base, rounds, settings, stop, rank):
     """
-    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each in a folder of its own where an
-    older OUT lies (and, if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
+    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each where an older OUT lies (and,
+    if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
     """
     count, found = partial(counted, here / "steps", STEP), []
     work = lambda: life(here / "out", rounds, base, **settings)
@@ -218,8 +216,8 @@ def every_kill(here, base, rounds, settings, stop, rank):
 @pytest.mark.parametrize("rounds, settings, stop", [(1, {"save_every": 1}, 0), (2, {}, 2)])
 def test_killed_before_every_operation(inputs, tmp_path, rounds, settings, stop):
     """
-    A whole life of two steps with a state between them; and what follows a SIGTERM in the last step of a round. Never is
-    more than one step done again, and the older OUT stays until the new one is there.
+    A whole life of two steps with a state between them; and what follows a SIGTERM in the last step of a round. No more
+    than one step is ever done again, and the older OUT stays until the new one is there.
     """
     (tmp_path / "here").mkdir()
     go("sft", fault=partial(every_kill, tmp_path / "here", inputs / "base", rounds, settings, stop))
@@ -349,7 +347,8 @@ def test_random_generators_of_every_rank_go_on(inputs, tmp_path):
     stop = partial(all_of, [partial(draws, tmp_path / "b"), partial(before, STEP, 3, term)])
     go("sft", *words, "--out", tmp_path / "b", ranks=2, code=143, fault=stop)
     go("sft", *words, "--out", tmp_path / "b", ranks=2, fault=partial(draws, tmp_path / "b"))
-    a, b = ([(tmp_path / f"{name}.{rank}").read_text(encoding="utf-8").splitlines() for rank in (0, 1)] for name in "ab")
+    a, b = ([(tmp_path / f"{name}.{rank}").read_text(encoding="utf-8").splitlines() for rank in (0, 1)]
+            for name in "ab")
     assert a == b and [len(set(lines)) for lines in a] == [6, 12]
 
 
@@ -402,7 +401,7 @@ def test_other_inputs_and_settings_are_refused(inputs, straight, tmp_path):
     assert refused("sft", *words, "--resume", "latest") == "error: --resume is auto or never, got 'latest'"
     assert [p.name for p in states(out)] == saved
     listed = go("sft", *words, "--lr", 2e-3, "--log_every", 7, fault=partial(before, STEP, 2, kill), code=-9).out[0]
-    assert "changed since the run began: --lr was 0.001, is 0.002; --log_every was 20, is 7" in listed
+    assert "changed since the run began: --log_every was 20, is 7; --lr was 0.001, is 0.002" in listed
     assert "going on" not in go("sft", *words, "--resume", "never").out[0]
     same(out, straight("sft"))
     rows = tiny.read(out / "log.jsonl")
