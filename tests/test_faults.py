@@ -3,6 +3,11 @@ Training runs and what may go wrong around them: damaged states, full disks, dea
 
     python -m pytest tests/test_faults.py
 
+Mutants that these tests catch. test_damage_*, test_*_damaged_*: digests not compared, states not checked, a refused one
+counted as one of the last two. test_settings_*: a run without its run.json begins anew. test_a_log_*: the log decoded
+strictly. test_a_full_disk_*: SafetensorError, the log's and --keep's OSError not caught. test_a_loss_*: not looked at.
+test_what_was_written_*: not compared.
+
 As a program it is a rank that torchrun starts, with a fault: tests/test_faults.py PIDS FAULT train_sft.py --model ...
 """
 
@@ -55,7 +60,8 @@ def stopped(inputs, tmp_path_factory):
     return out, words
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random-00000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random-00000.safetensors", "state.json",
+                                  "manifest.json"])
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
 def test_damage_is_found(stopped, tmp_path, name, harm):
     shutil.copytree(states(stopped[0])[0], tmp_path / "state")
@@ -185,7 +191,7 @@ def test_a_loss_that_is_no_number_names_its_row(inputs, straight, tmp_path, name
     done = go(name, *words, ranks=ranks, fault=partial(not_a_number, where=":7", target="meter:Meter.add"), code=None)
     lines = [line for err in done.err for line in err.splitlines() if line.startswith("error: ")]
     assert f"error: the loss of {inputs / file}:7 is not a number: nothing was updated; mend or remove the row" in lines
-    assert 0 not in done.codes and 143 not in done.codes and content(folder(out) / "resume") == saved and not out.exists()
+    assert not {0, 143} & set(done.codes) and content(folder(out) / "resume") == saved and not out.exists()
     go(name, *words, ranks=ranks)
     same(out, straight(name, ranks=ranks))
 

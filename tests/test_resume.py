@@ -2,6 +2,14 @@
 Training runs that are stopped, killed and continued end with the same bytes as runs that nothing disturbed.
 
     python -m pytest tests/test_resume.py
+
+Mutants that these tests catch. test_stopped_*: random order not skipped, a count of AdamW not saved, one state kept, the
+state saved after the stop, a stop that only one rank sees, a live reference that follows. test_online_*: finished
+prompts sampled again, rows appended at the wrong place. test_killed_at_random_*: states written in place, partial files
+kept. test_killed_before_*: states removed before OUT has its name, a run that had ended not seen, OUT not put back, a
+round's end under the name of its last step. test_reference_*, test_a_reference_*: file ignored, not checked, forgotten.
+test_random_*: generators not restored. test_every_flag_*, test_other_*: --beta may change, contents not compared.
+test_the_log_*: lines behind the state kept.
 """
 
 import dataclasses
@@ -30,7 +38,7 @@ import train_rm
 import train_sft
 from data import Example, Item
 from forked import (FILE_OPERATIONS, STEP, all_of, before, before_file_operation, calls, counted, flags, folder, go,
-                    inputs, kill, patched, refused, same, states, steps, straight, term)
+                    inputs, kill, patched, refused, same, start, states, steps, straight, term)
 
 cpu = tiny.cpu
 
@@ -146,7 +154,8 @@ def life(out, rounds, model_folder, **settings):
     """A script in miniature: `rounds` rounds of two steps with made-up gradients, without reading any data."""
     cfg = train_dpo.Config(out=str(out), prompts="p", keep=[50], save_minutes=1e6, **settings)
     net = model.load(model_folder)
-    optimizer, items = optim.make_optimizer(net, 0.1), [Item((Example(np.array([5, 6]), np.array([False, True])),), "en", "file:1")]
+    document = Example(np.array([5, 6]), np.array([False, True]))
+    optimizer, items = optim.make_optimizer(net, 0.1), [Item((document,), "en", "file:1")]
     with run.Run(cfg, "cpu", model_folder, {"data": "d"}) as life:
         life.restore({"policy": net}, optimizer)
         for number in range(life.round, rounds + 1):
@@ -184,25 +193,26 @@ def forked(work, *faults):
 
 def every_kill(here, base, rounds, settings, stop, rank):
     """
-    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each where an older OUT lies (and,
-    if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
+    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each where an older OUT lies
+    (and, if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
     """
-    count, found = partial(counted, here / "steps", STEP), []
+    count, found, first = partial(counted, here / "steps", STEP), [], here.with_name("first")
     work = lambda: life(here / "out", rounds, base, **settings)
     common.git_commit = lambda: "two processes that take time"
+    shutil.copytree(base, here / "out")
+    stopped = stop and forked(work, partial(before, STEP, stop, term))
+    here.rename(first)
     for n in itertools.count(1):
-        for path in here.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.copytree(base, here / "out")
-        done = stop and forked(work, partial(before, STEP, stop, term))
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(first, here)
         killed = forked(work, count, partial(before_file_operation, n, kill, names=FILE_OPERATIONS[:4]))
         there = next(here / name for name in ("out", ".out.old") if (here / name).exists())
         old, whole = ((there / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes(),
                       all((there / name).exists() for name in ("config.json", "tokenizer.json")))
         damaged = [state.damage(path) for path in states(here / "out")[:2]]
         ended = forked(work, count)
-        found.append({"before": done, "killed": killed, "ended": ended, "old": old, "whole": whole, "damaged": damaged,
-                      "steps": len(calls(here / "steps"))})
+        found.append({"before": stopped, "killed": killed, "ended": ended, "old": old, "whole": whole,
+                      "damaged": damaged, "steps": sum(calls(here / "steps"))})
         if ended == 0:
             files = {str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in here.rglob("*")
                      if p.is_file() and p.name != "log.jsonl"}
@@ -213,15 +223,30 @@ def every_kill(here, base, rounds, settings, stop, rank):
     raise SystemExit(0)
 
 
-@pytest.mark.parametrize("rounds, settings, stop", [(1, {"save_every": 1}, 0), (2, {}, 2)])
-def test_killed_before_every_operation(inputs, tmp_path, rounds, settings, stop):
+LIVES = [(1, {"save_every": 1}, 0), (2, {}, 2)]  # rounds, settings, stopped in step
+
+
+@pytest.fixture(scope="module")
+def lives(inputs, tmp_path_factory):
+    """What happened in the lives, side by side: they take their time."""
+    folders = [tmp_path_factory.mktemp("life") for _ in LIVES]
+    waiting = []
+    for place, life_of in zip(folders, LIVES):
+        (place / "here").mkdir()
+        waiting.append(start("sft", fault=partial(every_kill, place / "here", inputs / "base", *life_of)))
+    for wait in waiting:
+        done = wait()
+        assert done.codes == [0], done.err
+    return [json.loads((place / "found.json").read_text(encoding="utf-8")) for place in folders]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_killed_before_every_operation(lives, which):
     """
     A whole life of two steps with a state between them; and what follows a SIGTERM in the last step of a round. No more
     than one step is ever done again, and the older OUT stays until the new one is there.
     """
-    (tmp_path / "here").mkdir()
-    go("sft", fault=partial(every_kill, tmp_path / "here", inputs / "base", rounds, settings, stop))
-    *found, last = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    (rounds, settings, stop), (*found, last) = LIVES[which], lives[which]
     assert last["killed"] == last["ended"] == 0 and len(found) >= 15
     new = [not row["old"] for row in found]
     assert new == sorted(new) and new[-1]  # the older one, then the new one
@@ -283,7 +308,8 @@ def test_reference_files_are_used_only_if_they_are_right(inputs, straight, tmp_p
     spoilt(right[:-1], "")
     spoilt(b"", "")
     tiny.write(tmp_path / "pairs.jsonl", tiny.read(inputs / "pairs.jsonl")[::-1])
-    go("dpo", *words, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "c", fault=partial(counted, asked, FORWARD))
+    words_of_c = [*words, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "c"]
+    go("dpo", *words_of_c, fault=partial(counted, asked, FORWARD))
     assert calls(asked)[1] == all_of_them and len(list(cache.iterdir())) == 2  # the same rows in another order
     other, = {*cache.iterdir()} - {path}
     spoilt(other.read_bytes(), "it was made from other weights or rows, or has changed")
@@ -355,9 +381,9 @@ def test_random_generators_of_every_rank_go_on(inputs, tmp_path):
 # --- settings ---
 
 FIXED = {"model", "tokenizer", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "init_std", "data",
-         "languages", "batch_size", "batch_tokens", "max_tokens", "seed", "pairs", "lm_weight", "prompts", "reward_model",
-         "rounds", "samples", "temperature", "max_new_tokens", "prompts_at_once", "margin", "beta", "live_reference",
-         "reference_cache"}
+         "languages", "batch_size", "batch_tokens", "max_tokens", "seed", "pairs", "lm_weight", "prompts",
+         "reward_model", "rounds", "samples", "temperature", "max_new_tokens", "prompts_at_once", "margin", "beta",
+         "live_reference", "reference_cache"}
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo], ids=lambda script: script.__name__)
