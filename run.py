@@ -274,7 +274,7 @@ class Run:
     def save(self, models, optimizer, **facts):
         """A state of the run as it is now."""
         self.facts |= facts
-        between = "-next" if self.step == 0 else ""  # the round's last step may have a state of its own: both stay whole
+        between = "-next" if self.step == 0 else ""  # the last step may have a state of its own: both stay
         self.states.save(f"step-{self.total:08d}{between}", tensors_of(models, optimizer), self.facts | {
             "round": self.round, "step": self.step, "total": self.total, "ranks": world()})
         self.saved = time.perf_counter()

@@ -1,5 +1,5 @@
 """
-What test_resume.py and test_faults.py share: training scripts run to a good end or a bad one, in processes of their own.
+What test_resume.py and test_faults.py share: training scripts run to a good or a bad end in processes of their own.
 
 A server imports everything once and forks a process for each rank (Python's forkserver): a run of a tiny model takes a
 tenth of the time that its imports take. A process first lets `fault(rank)` break in it what the test wants broken (a

@@ -3,7 +3,7 @@ Training runs that are stopped, killed and continued end with the same bytes as 
 
     python -m pytest tests/test_resume.py
 
-Mutants that these tests catch. test_stopped_*: random order not skipped, a count of AdamW not saved, one state kept, the
+Mutants that these tests catch. test_stopped_*: order not skipped, a count of AdamW not saved, one state kept, the
 state saved after the stop, a stop that only one rank sees, a live reference that follows. test_online_*: finished
 prompts sampled again, rows appended at the wrong place. test_killed_at_random_*: states written in place, partial files
 kept. test_killed_before_*: states removed before OUT has its name, a run that had ended not seen, OUT not put back, a
