@@ -37,8 +37,8 @@ import train_dpo
 import train_rm
 import train_sft
 from data import Example, Item
-from forked import (FILE_OPERATIONS, STEP, all_of, before, before_file_operation, calls, counted, flags, folder, go,
-                    inputs, kill, patched, refused, same, start, states, steps, straight, term)
+from forked import (FILE_OPERATIONS, STEP, all_of, before, before_file_operation, broken, calls, counted, flags, folder,
+                    go, inputs, kill, patched, refused, same, start, states, steps, straight, term)
 
 cpu = tiny.cpu
 
@@ -210,8 +210,11 @@ def every_kill(here, base, rounds, settings, stop, rank):
         old, whole = ((there / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes(),
                       all((there / name).exists() for name in ("config.json", "tokenizer.json")))
         damaged = [state.damage(path) for path in states(here / "out")[:2]]
+        if there.name == ".out.old":  # between two renames: the next run, whatever becomes of it, puts it back
+            forked(work, partial(before, "run:verify", 1, broken))
+        back = (here / "out").exists()
         ended = forked(work, count)
-        found.append({"before": stopped, "killed": killed, "ended": ended, "old": old, "whole": whole,
+        found.append({"before": stopped, "killed": killed, "ended": ended, "old": old, "whole": whole, "back": back,
                       "damaged": damaged, "steps": sum(calls(here / "steps"))})
         if ended == 0:
             files = {str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in here.rglob("*")
@@ -252,7 +255,7 @@ def test_killed_before_every_operation(lives, which):
     assert new == sorted(new) and new[-1]  # the older one, then the new one
     for n, row in enumerate(found, 1):
         assert row["before"] == (143 if stop else 0) and row["killed"] == -9 and row["ended"] == 0, (n, row)
-        assert row["whole"] and not any(row["damaged"]), (n, row)
+        assert row["whole"] and row["back"] and not any(row["damaged"]), (n, row)
         assert row["steps"] <= (3 if rounds == 1 else 4), (n, row)
         assert row["files"] == found[0]["files"] and row["log"] == found[0]["log"], n
 
