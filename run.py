@@ -24,8 +24,8 @@ import torch
 
 import meter
 from checkpoint import Checkpoint
-from common import (Log, all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, memory_gb, print0, rank, recover_dir,
-                    replace_dir, world, writing)
+from common import (Log, all_sum, atomic_file, barrier, die, fsync, gather_list, is_main, memory_gb, print0, rank,
+                    recover_dir, replace_dir, world, writing)
 from data import split_batch
 from model import write_checkpoint
 from sharding import first_row, local, wrap
@@ -167,8 +167,8 @@ class Run:
         cfg = self.cfg
         before = self.settings_in(self.folder) if cfg.resume == "auto" else None
         if cfg.resume == "auto" and not before and self.states.all():
-            die(f"{self.folder / 'run.json'} is missing, which says whose the states beside it are: put it back, or start "
-                "over with --resume never")
+            die(f"{self.folder / 'run.json'} is missing, which says whose the states beside it are: put it back, or "
+                "start over with --resume never")
         if before:
             self.found = self.states.newest()
             if self.found or any(self.folder.glob("completions-*")):
@@ -327,7 +327,7 @@ class Run:
     def save(self, models, optimizer, **facts):
         """A state of the run as it is now."""
         self.facts |= facts
-        between = "-next" if self.step == 0 else ""  # not the name of the state of the round's last step: both stay whole
+        between = "-next" if self.step == 0 else ""  # the last step may have a state of its own: both stay
         self.states.save(f"step-{self.total:08d}{between}", tensors_of(models, optimizer), self.facts | {
             "round": self.round, "step": self.step, "total": self.total, "ranks": world(),
             "languages": self.meter.sums()})
@@ -376,7 +376,7 @@ class Run:
             self.clean()
 
     def clean(self):
-        """What the run needed to go on leaves OUT only now: killed at any moment, it goes on, or is seen to have ended."""
+        """Only now does what the run needed leave OUT: killed before, it goes on, or is seen to have ended."""
         barrier()
         if is_main():
             shutil.rmtree(self.out.with_name(f".{self.out.name}.old"), ignore_errors=True)

@@ -112,7 +112,8 @@ class States:
 
     def all(self):
         """Folders, the newest first. Only whole ones have this name."""
-        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(-next)?", p.name)), reverse=True)
+        found = (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(-next)?", p.name))
+        return sorted(found, reverse=True)
 
     def newest(self):
         """(folder, what its state.json says) of the newest undamaged state; None if there is no state at all."""

@@ -192,7 +192,8 @@ def main(cfg):
                     die(f"no pairs to train on (round {round_number}): all are longer than {cfg.max_tokens} tokens")
                 made = fingerprint(items)
                 if run.step and run.facts.get("pairs", made) != made:
-                    die(f"{pairs_path} has changed since the round began: put it back, or start over with --resume never")
+                    die(f"{pairs_path} has changed since the round began: put it back, or start over with --resume "
+                        "never")
                 run.facts["pairs"] = made
 
             # 3) train against the policy as it is now

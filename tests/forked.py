@@ -1,5 +1,5 @@
 """
-What test_resume.py and test_faults.py share: training scripts run to a set end, or a bad one, in processes of their own.
+What test_resume.py and test_faults.py share: training scripts run to a good or a bad end in processes of their own.
 
 A server imports everything once and forks a process for each rank (Python's forkserver): a run of a tiny model takes a
 tenth of the time that its imports take. A process first lets `fault(rank)` break in it what the test wants broken (a
@@ -42,6 +42,7 @@ import train_sft
 from common import parse_config
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "online": train_dpo}
+STEP = "optim:optimizer_step"
 WORDS = "one two three four five six seven trois cent quarante ثلاثمائة 三百 words".split()
 
 
@@ -89,11 +90,12 @@ class Ended:
 
 def start(name, *flags, ranks=1, fault=None):
     """Starts a run; the function that it returns waits for its end -> Ended. Ranks left behind are ended after 20 s."""
-    folder = Path(tempfile.mkdtemp(prefix="said-"))
+    here = Path(tempfile.mkdtemp(prefix="said-"))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    made = [server().Process(target=process, args=(rank, ranks, port, folder / "said", name, [str(f) for f in flags], fault))
+    flags = [str(f) for f in flags]
+    made = [server().Process(target=process, args=(rank, ranks, port, here / "said", name, flags, fault))
             for rank in range(ranks)]
     for p in made:
         p.start()
@@ -105,11 +107,11 @@ def start(name, *flags, ranks=1, fault=None):
             if p.is_alive():
                 p.kill()
                 p.join()
-        said = [[(folder / f"said.{rank}.{end}") for rank in range(ranks)] for end in ("out", "err")]
+        said = [[(here / f"said.{rank}.{end}") for rank in range(ranks)] for end in ("out", "err")]
         out, err = [[p.read_text(encoding="utf-8") if p.exists() else "" for p in paths] for paths in said]
-        for path in folder.iterdir():
+        for path in here.iterdir():
             path.unlink()
-        folder.rmdir()
+        here.rmdir()
         return Ended([p.exitcode for p in made], out, err)
 
     return wait
@@ -158,8 +160,8 @@ def flags(inputs, name):
     return common + {
         "sft": ["--data", inputs / "sft.jsonl"], "rm": ["--pairs", inputs / "pairs.jsonl"],
         "dpo": ["--pairs", inputs / "pairs.jsonl"],
-        "online": ["--prompts", inputs / "prompts.jsonl", "--reward_model", inputs / "rm", "--rounds", 2, "--samples", 4,
-                   "--temperature", 0.6, "--max_new_tokens", 16, "--prompts_at_once", 2]}[name]
+        "online": ["--prompts", inputs / "prompts.jsonl", "--reward_model", inputs / "rm", "--rounds", 2,
+                   "--samples", 4, "--temperature", 0.6, "--max_new_tokens", 16, "--prompts_at_once", 2]}[name]
 
 
 @pytest.fixture(scope="session")
@@ -193,9 +195,14 @@ def same(out, expected):
     assert [p.name for p in out.parent.iterdir() if out.name in p.name] == [out.name]
 
 
+def folder(out):
+    """Where a run is until it has ended."""
+    return out.with_name(out.name + ".unfinished")
+
+
 def states(out):
     """Folders of the saved states, the newest first."""
-    return state.States(out.with_name(out.name + ".unfinished") / "resume").all()
+    return state.States(folder(out) / "resume").all()
 
 
 # --- faults ---

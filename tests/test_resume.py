@@ -2,8 +2,17 @@
 Training runs that are stopped, killed and continued end with the same bytes as runs that nothing disturbed.
 
     python -m pytest tests/test_resume.py
+
+Mutants that these tests catch. test_stopped_*: order not skipped, a count of AdamW not saved, one state kept, the
+state saved after the stop, a stop that only one rank sees, a live reference that follows. test_online_*: finished
+prompts sampled again, rows appended at the wrong place. test_killed_at_random_*: states written in place, partial files
+kept. test_killed_before_*: states removed before OUT has its name, a run that had ended not seen, OUT not put back, a
+round's end under the name of its last step. test_reference_*, test_a_reference_*: file ignored, not checked, forgotten.
+test_random_*: generators not restored. test_every_flag_*, test_other_*: --beta may change, contents not compared.
+test_the_log_*: lines behind the state kept.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,7 +25,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 import common
 import model
@@ -25,16 +34,13 @@ import run
 import state
 import tiny
 import train_dpo
+import train_rm
+import train_sft
 from data import Example, Item
-from forked import (FILE_OPERATIONS, all_of, before, before_file_operation, calls, counted, flags, go, inputs, kill, refused, same, states,
-                    steps, straight, term)
+from forked import (FILE_OPERATIONS, STEP, all_of, before, before_file_operation, broken, calls, counted, flags, folder,
+                    go, inputs, kill, patched, refused, same, start, states, steps, straight, term)
 
 cpu = tiny.cpu
-STEP = "optim:optimizer_step"
-
-
-def folder(out):
-    return out.with_name(out.name + ".unfinished")
 
 
 # --- stopped and continued ---
@@ -44,13 +50,14 @@ CASES += [("dpo", ("--live_reference",), 1), ("dpo", ("--live_reference",), 2), 
           ("sft", ("--async_save",), 2), ("dpo", ("--param_dtype", "bfloat16"), 1), ("sft", ("--batch_tokens", 150), 1)]
 
 
-@pytest.mark.parametrize("name, more, ranks", CASES, ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else None)
+@pytest.mark.parametrize("name, more, ranks", CASES)
 def test_stopped_killed_and_continued(inputs, straight, tmp_path, name, more, ranks):
     """SIGTERM in step 2, where a checkpoint is kept; saves behind step 4, kill -9 in step 5; then to the end."""
     words = [*flags(inputs, name), *more, "--out", tmp_path / "out", "--keep", 33, 67]
     stopped = go(name, *words, ranks=ranks, fault=partial(before, STEP, 2, term, only=ranks - 1), code=143)
     assert "stopped by SIGTERM after 2 steps" in stopped.out[0] and stopped.err == [""] * ranks
-    killed = go(name, *words, "--save_every", 2, ranks=ranks, fault=partial(before, STEP, 3, kill, only=ranks - 1), code=None)
+    killed = go(name, *words, "--save_every", 2, ranks=ranks, code=None,
+                fault=partial(before, STEP, 3, kill, only=ranks - 1))
     assert killed.codes[-1] == -9 and "2 steps done" in killed.out[0]
     found = [p.name for p in states(tmp_path / "out")]
     assert found == ["step-00000004", "step-00000002"] or ("--async_save" in more and found == ["step-00000002"])
@@ -61,7 +68,8 @@ def test_stopped_killed_and_continued(inputs, straight, tmp_path, name, more, ra
 @pytest.mark.parametrize("more, ranks", [((), 1), ((), 2), (("--live_reference",), 1)])
 def test_online_rounds_stopped_everywhere(inputs, straight, tmp_path, more, ranks):
     """
-    Nine prompts, two at a time: three parts in the first round, two in the second; each is sampled and answered greedily.
+    Nine prompts, two at a time: three parts in the first round, two in the second; each is sampled, then answered
+    greedily.
     """
     words, asked = [*flags(inputs, "online"), *more, "--out", tmp_path / "out"], tmp_path / "asked"
     count = partial(counted, asked, "train_dpo:complete")
@@ -121,14 +129,15 @@ def looks_whole(out, *finished):
 
 
 @pytest.mark.parametrize("name, more, ranks, seed", [
-    ("sft", (), 1, 1), ("rm", ("--async_save",), 1, 2), ("dpo", ("--keep", 50), 1, 3), ("dpo", (), 2, 4), ("online", (), 1, 5)])
+    ("sft", (), 1, 1), ("rm", ("--async_save",), 1, 2), ("dpo", ("--keep", 50), 1, 3), ("dpo", (), 2, 4),
+    ("online", (), 1, 5)])
 def test_killed_at_random_many_times(inputs, straight, tmp_path, name, more, ranks, seed):
     """kill -9 before one of the operations on files, again and again, where an older OUT lies; then to the end."""
     out, rng, killed, old = tmp_path / "out", random.Random(seed), 0, straight("sft", "--seed", 1)
     shutil.copytree(old, out)
     words = [*flags(inputs, name), *more, "--out", out, "--save_every", 1]
     for _ in range(6 if ranks == 1 else 3):
-        done = go(name, *words, ranks=ranks, fault=partial(before_file_operation, rng.randint(1, 50), kill), code=None)
+        done = go(name, *words, ranks=ranks, code=None, fault=partial(before_file_operation, rng.randint(1, 50), kill))
         looks_whole(out, old, straight(name, *more, ranks=ranks))
         killed += -9 in done.codes
         if set(done.codes) == {0}:
@@ -145,7 +154,8 @@ def life(out, rounds, model_folder, **settings):
     """A script in miniature: `rounds` rounds of two steps with made-up gradients, without reading any data."""
     cfg = train_dpo.Config(out=str(out), prompts="p", keep=[50], save_minutes=1e6, **settings)
     net = model.load(model_folder)
-    optimizer, items = optim.make_optimizer(net, 0.1), [Item((Example(np.array([5, 6]), np.array([False, True])),), "en", "file:1")]
+    document = Example(np.array([5, 6]), np.array([False, True]))
+    optimizer, items = optim.make_optimizer(net, 0.1), [Item((document,), "en", "file:1")]
     with run.Run(cfg, "cpu", model_folder, {"data": "d"}) as life:
         life.restore({"policy": net}, optimizer)
         for number in range(life.round, rounds + 1):
@@ -183,25 +193,29 @@ def forked(work, *faults):
 
 def every_kill(here, base, rounds, settings, stop, rank):
     """
-    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each in a folder of its own where an
-    older OUT lies (and, if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
+    In place of a script: lives killed before their 1st, 2nd, ... operation on folders, each where an older OUT lies
+    (and, if `stop`, where a life was stopped by SIGTERM in step `stop`); a second one goes on to the end.
     """
-    count, found = partial(counted, here / "steps", STEP), []
+    count, found, first = partial(counted, here / "steps", STEP), [], here.with_name("first")
     work = lambda: life(here / "out", rounds, base, **settings)
     common.git_commit = lambda: "two processes that take time"
+    shutil.copytree(base, here / "out")
+    stopped = stop and forked(work, partial(before, STEP, stop, term))
+    here.rename(first)
     for n in itertools.count(1):
-        for path in here.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.copytree(base, here / "out")
-        done = stop and forked(work, partial(before, STEP, stop, term))
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(first, here)
         killed = forked(work, count, partial(before_file_operation, n, kill, names=FILE_OPERATIONS[:4]))
         there = next(here / name for name in ("out", ".out.old") if (here / name).exists())
         old, whole = ((there / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes(),
                       all((there / name).exists() for name in ("config.json", "tokenizer.json")))
         damaged = [state.damage(path) for path in states(here / "out")[:2]]
+        if there.name == ".out.old":  # between two renames: the next run, whatever becomes of it, puts it back
+            forked(work, partial(before, "run:verify", 1, broken))
+        back = (here / "out").exists()
         ended = forked(work, count)
-        found.append({"before": done, "killed": killed, "ended": ended, "old": old, "whole": whole, "damaged": damaged,
-                      "steps": len(calls(here / "steps"))})
+        found.append({"before": stopped, "killed": killed, "ended": ended, "old": old, "whole": whole, "back": back,
+                      "damaged": damaged, "steps": sum(calls(here / "steps"))})
         if ended == 0:
             files = {str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in here.rglob("*")
                      if p.is_file() and p.name != "log.jsonl"}
@@ -212,20 +226,226 @@ def every_kill(here, base, rounds, settings, stop, rank):
     raise SystemExit(0)
 
 
-@pytest.mark.parametrize("rounds, settings, stop", [(1, {"save_every": 1}, 0), (2, {}, 2)])
-def test_killed_before_every_operation(inputs, tmp_path, rounds, settings, stop):
+LIVES = [(1, {"save_every": 1}, 0), (2, {}, 2)]  # rounds, settings, stopped in step
+
+
+@pytest.fixture(scope="module")
+def lives(inputs, tmp_path_factory):
+    """What happened in the lives, side by side: they take their time."""
+    folders = [tmp_path_factory.mktemp("life") for _ in LIVES]
+    waiting = []
+    for place, life_of in zip(folders, LIVES):
+        (place / "here").mkdir()
+        waiting.append(start("sft", fault=partial(every_kill, place / "here", inputs / "base", *life_of)))
+    for wait in waiting:
+        done = wait()
+        assert done.codes == [0], done.err
+    return [json.loads((place / "found.json").read_text(encoding="utf-8")) for place in folders]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_killed_before_every_operation(lives, which):
     """
-    A whole life of two steps with a state between them; and what follows a SIGTERM in the last step of a round. Never is
-    more than one step done again, and the older OUT stays until the new one is there.
+    A whole life of two steps with a state between them; and what follows a SIGTERM in the last step of a round. No more
+    than one step is ever done again, and the older OUT stays until the new one is there.
     """
-    (tmp_path / "here").mkdir()
-    go("sft", fault=partial(every_kill, tmp_path / "here", inputs / "base", rounds, settings, stop))
-    *found, last = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert last["killed"] == last["ended"] == 0 and len(found) > 20
+    (rounds, settings, stop), (*found, last) = LIVES[which], lives[which]
+    assert last["killed"] == last["ended"] == 0 and len(found) >= 15
     new = [not row["old"] for row in found]
     assert new == sorted(new) and new[-1]  # the older one, then the new one
     for n, row in enumerate(found, 1):
         assert row["before"] == (143 if stop else 0) and row["killed"] == -9 and row["ended"] == 0, (n, row)
-        assert row["whole"] and not any(row["damaged"]), (n, row)
+        assert row["whole"] and row["back"] and not any(row["damaged"]), (n, row)
         assert row["steps"] <= (3 if rounds == 1 else 4), (n, row)
         assert row["files"] == found[0]["files"] and row["log"] == found[0]["log"], n
+
+
+# --- the reference's log-probs ---
+
+FORWARD = "train_dpo:seq_logps"
+
+
+def test_reference_pass_is_stopped_and_completed(inputs, straight, tmp_path):
+    """SIGTERM in the first of its batches; then kill -9 before the first step, where no state was ever saved."""
+    out, asked = tmp_path / "out", tmp_path / "asked"
+    words, count = [*flags(inputs, "dpo"), "--out", out], partial(counted, tmp_path / "asked", FORWARD)
+    stopped = go("dpo", *words, code=143, fault=partial(all_of, [count, partial(before, FORWARD, 2, term)]))
+    assert "stopped by SIGTERM after 0 steps" in stopped.out[0]
+    first = calls(asked)[1]
+    go("dpo", *words, code=-9, fault=partial(all_of, [count, partial(before, STEP, 1, kill)]))
+    rest = calls(asked)[1]
+    go("dpo", *words, fault=count)
+    assert calls(asked)[1] == 0
+    same(out, straight("dpo"))
+    go("dpo", *words, "--seed", 0, fault=count)
+    assert 0 < first < rest + first == calls(asked)[1]
+
+
+def test_reference_pass_stopped_on_two_ranks(inputs, straight, tmp_path):
+    words = [*flags(inputs, "dpo"), "--out", tmp_path / "out"]
+    go("dpo", *words, ranks=2, code=143, fault=partial(before, FORWARD, 1, term, only=1))
+    go("dpo", *words, ranks=2)
+    same(tmp_path / "out", straight("dpo", ranks=2))
+
+
+def test_reference_files_are_used_only_if_they_are_right(inputs, straight, tmp_path):
+    out, cache, asked = tmp_path / "out", tmp_path / "cache", tmp_path / "asked"
+    words = [*flags(inputs, "dpo"), "--reference_cache", cache]
+    go("dpo", *words, "--out", tmp_path / "a", fault=partial(counted, asked, FORWARD))
+    all_of_them = calls(asked)[1]
+    go("dpo", *words, "--out", tmp_path / "b", "--beta", 0.3, fault=partial(counted, asked, FORWARD))
+    assert calls(asked)[1] == 0 < all_of_them  # a run with other settings shares them
+    path, = cache.iterdir()
+    right = path.read_bytes()
+
+    def spoilt(data, words_said, *more):
+        path.write_bytes(data)
+        done = go("dpo", *words, *more, "--out", out, fault=partial(counted, asked, FORWARD))
+        assert f"{path} is not used ({words_said}" in done.out[0] and calls(asked)[1] == all_of_them
+        assert (out / "model.safetensors").read_bytes() == (straight("dpo") / "model.safetensors").read_bytes()
+        assert torch.equal(load_file(path)["logps"], load(right)["logps"])
+
+    data = bytearray(right)
+    data[-3] ^= 64
+    spoilt(bytes(data), "it was made from other weights or rows, or has changed")
+    spoilt(right[:-1], "")
+    spoilt(b"", "")
+    tiny.write(tmp_path / "pairs.jsonl", tiny.read(inputs / "pairs.jsonl")[::-1])
+    words_of_c = [*words, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "c"]
+    go("dpo", *words_of_c, fault=partial(counted, asked, FORWARD))
+    assert calls(asked)[1] == all_of_them and len(list(cache.iterdir())) == 2  # the same rows in another order
+    other, = {*cache.iterdir()} - {path}
+    spoilt(other.read_bytes(), "it was made from other weights or rows, or has changed")
+
+
+def test_a_reference_lost_in_the_middle_of_a_round(inputs, straight, tmp_path):
+    out = tmp_path / "out"
+    words = [*flags(inputs, "online"), "--out", out]
+    go("online", *words, code=143, fault=partial(before, STEP, 5, term))
+    facts = json.loads((states(out)[0] / "state.json").read_text(encoding="utf-8"))
+    path = folder(out) / f"reference-{facts['reference'][:16]}.safetensors"
+    kept = path.read_bytes()
+    path.unlink()
+    line = refused("online", *words)
+    assert line.startswith(f"error: {path} is missing or damaged, and the run goes on behind step 2")
+    path.write_bytes(kept[:-1])
+    assert line == refused("online", *words)
+    path.write_bytes(kept)
+    pairs = folder(out) / "pairs-2.jsonl"
+    kept = pairs.read_bytes()
+    pairs.write_bytes(kept.replace(b'"chosen": "', b'"chosen": "x', 1))
+    assert refused("online", *words).startswith(f"error: {pairs} has changed since the round began")
+    pairs.write_bytes(kept)
+    go("online", *words)
+    same(out, straight("online"))
+
+
+def broken_reference(rank):
+    def make(plain):
+        def logps(model, items, device):
+            chosen, rejected = plain(model, items, device)
+            spoilt = torch.tensor([torch.nan if item.where.endswith(":7") else 0.0 for item in items])
+            return chosen, rejected if torch.is_grad_enabled() else rejected + spoilt
+        return logps
+    patched(FORWARD, make, rank)
+
+
+def test_a_reference_that_is_no_number_names_its_row(inputs, tmp_path):
+    line = refused("dpo", *flags(inputs, "dpo"), "--out", tmp_path / "out", fault=broken_reference)
+    assert line.startswith(f"error: the reference log-prob of {inputs / 'pairs.jsonl'}:7 is not a number")
+    assert not [*folder(tmp_path / "out").glob("reference-*")]
+
+
+# --- random states ---
+
+def draws(path, rank):
+    """Every step draws from both generators, on rank 1 more often, and writes down what it drew."""
+    def make(plain):
+        def step(*args):
+            with open(f"{path}.{rank}", "a", encoding="utf-8") as f:
+                for _ in range(rank + 1):
+                    f.write(f"{torch.rand(()).item()} {random.random()} {random.gauss(0, 1)}\n")
+            return plain(*args)
+        return step
+    patched(STEP, make, rank)
+
+
+def test_random_generators_of_every_rank_go_on(inputs, tmp_path):
+    words = flags(inputs, "sft")
+    go("sft", *words, "--out", tmp_path / "a", ranks=2, fault=partial(draws, tmp_path / "a"))
+    stop = partial(all_of, [partial(draws, tmp_path / "b"), partial(before, STEP, 3, term)])
+    go("sft", *words, "--out", tmp_path / "b", ranks=2, code=143, fault=stop)
+    go("sft", *words, "--out", tmp_path / "b", ranks=2, fault=partial(draws, tmp_path / "b"))
+    a, b = ([(tmp_path / f"{name}.{rank}").read_text(encoding="utf-8").splitlines() for rank in (0, 1)]
+            for name in "ab")
+    assert a == b and [len(set(lines)) for lines in a] == [6, 12]
+
+
+# --- settings ---
+
+FIXED = {"model", "tokenizer", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "init_std", "data",
+         "languages", "batch_size", "batch_tokens", "max_tokens", "seed", "pairs", "lm_weight", "prompts",
+         "reward_model", "rounds", "samples", "temperature", "max_new_tokens", "prompts_at_once", "margin", "beta",
+         "live_reference", "reference_cache"}
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo], ids=lambda script: script.__name__)
+def test_every_flag_may_change_or_is_refused_by_name(tmp_path, capsys, script):
+    for field in dataclasses.fields(script.Config):
+        cfg, changed = script.Config(), script.Config()
+        old = getattr(cfg, field.name)
+        new = not old if isinstance(old, bool) else [*old, 7] if isinstance(old, list) else old + type(old)(1)
+        setattr(changed, field.name, new)
+        one = run.Run.__new__(run.Run)
+        one.cfg, one.folder, one.found = changed, tmp_path, None
+        before = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "identity": {"data": "d"}}
+        said = f"--{field.name} was {old!r}, is {new!r}"
+        assert (field.name in run.FREE) != (field.name in FIXED), f"--{field.name}: may it change when a run goes on?"
+        if field.name in run.FREE:
+            one.compare(before, {"data": "d"})
+            assert capsys.readouterr().out == f"changed since the run began: {said}\n"
+        else:
+            with pytest.raises(SystemExit) as e:
+                one.compare(before, {"data": "d"})
+            assert f"other settings ({said})" in str(e.value) and "--resume never" in str(e.value)
+    fields = {f.name for s in (train_sft, train_rm, train_dpo) for f in dataclasses.fields(s.Config)}
+    assert run.FREE | FIXED == fields
+
+
+def test_other_inputs_and_settings_are_refused(inputs, straight, tmp_path):
+    shutil.copytree(inputs / "base", tmp_path / "base")
+    shutil.copy(inputs / "sft.jsonl", tmp_path / "sft.jsonl")
+    out = tmp_path / "out"
+    words = [*flags(inputs, "sft"), "--model", tmp_path / "base", "--data", tmp_path / "sft.jsonl", "--out", out]
+    go("sft", *words, code=143, fault=partial(before, STEP, 3, term))
+    weights, rows = (tmp_path / "base" / "model.safetensors").read_bytes(), (tmp_path / "sft.jsonl").read_bytes()
+    saved = [p.name for p in states(out)]
+    for path, old, new in ((tmp_path / "base" / "model.safetensors", weights, weights[:-1] + bytes([weights[-1] ^ 1])),
+                           (tmp_path / "sft.jsonl", rows, rows.replace(b'"completion": "', b'"completion": "x', 1))):
+        path.write_bytes(new)
+        what = "model" if path.parent.name == "base" else "data"
+        assert f"(the content of the {what} was 'what it was', is 'another')" in refused("sft", *words)
+        path.write_bytes(old)
+    assert "other settings (--batch_size was 6, is 5)" in refused("sft", *words, "--batch_size", 5)
+    assert refused("sft", *words, "--resume", "latest") == "error: --resume is auto or never, got 'latest'"
+    assert [p.name for p in states(out)] == saved
+    listed = go("sft", *words, "--lr", 2e-3, "--log_every", 7, fault=partial(before, STEP, 2, kill), code=-9).out[0]
+    assert "changed since the run began: --log_every was 20, is 7; --lr was 0.001, is 0.002" in listed
+    assert "going on" not in go("sft", *words, "--resume", "never").out[0]
+    same(out, straight("sft"))
+    rows = tiny.read(out / "log.jsonl")
+    assert [row.get("step") for row in rows] == [None, 1, 2, 3, 4, 5, 6, None]  # started over: one header
+
+
+def test_the_log_has_every_step_once(inputs, straight, tmp_path):
+    """Killed behind steps that no state holds: they are logged again, once."""
+    words = [*flags(inputs, "sft"), "--out", tmp_path / "out", "--save_every", 2, "--log_every", 2]
+    for n, last in ((4, "step-00000002"), (2, "step-00000002"), (4, "step-00000004")):
+        go("sft", *words, code=-9, fault=partial(before, STEP, n, kill))
+        assert states(tmp_path / "out")[0].name == last
+    go("sft", *words)
+    rows = tiny.read(tmp_path / "out" / "log.jsonl")
+    assert [row.get("step", sorted(row)[0]) for row in rows] == [
+        "argv", 1, 2, "languages", "argv", "argv", 3, 4, "languages", "argv", 5, 6, "languages"]
+    assert [row["seed"] for row in rows if "argv" in row] == [0] * 4
+    assert steps(tmp_path / "out") == steps(straight("sft"))
