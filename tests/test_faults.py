@@ -284,7 +284,7 @@ def test_torchrun_carries_on_after_a_dead_rank(inputs, straight, tmp_path):
     words = [*flags(inputs, "sft"), "--out", tmp_path / "out"]
     process = torchrun(tmp_path, "dies", "sft", *words, "--save_every", 2, restarts=2)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and "step-00000002: 2 steps done" in out, err[-3000:]
+    assert process.returncode == 0 and "step-00000002: 2 steps done" in out, err
     assert all_gone(tmp_path) == 4
     same(tmp_path / "out", straight("sft", ranks=2))
 

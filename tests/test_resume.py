@@ -386,7 +386,7 @@ def test_random_generators_of_every_rank_go_on(inputs, tmp_path):
 FIXED = {"model", "tokenizer", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "init_std", "data",
          "languages", "batch_size", "batch_tokens", "max_tokens", "seed", "pairs", "lm_weight", "prompts",
          "reward_model", "rounds", "samples", "temperature", "max_new_tokens", "prompts_at_once", "margin", "beta",
-         "live_reference", "reference_cache"}
+         "live_reference", "max_steps", "epochs"}
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo], ids=lambda script: script.__name__)
@@ -397,16 +397,16 @@ def test_every_flag_may_change_or_is_refused_by_name(tmp_path, capsys, script):
         new = not old if isinstance(old, bool) else [*old, 7] if isinstance(old, list) else old + type(old)(1)
         setattr(changed, field.name, new)
         one = run.Run.__new__(run.Run)
-        one.cfg, one.folder, one.found = changed, tmp_path, None
+        one.cfg, one.folder, one.found, one.identity = changed, tmp_path, None, {"data": "d"}
         before = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "identity": {"data": "d"}}
         said = f"--{field.name} was {old!r}, is {new!r}"
         assert (field.name in run.FREE) != (field.name in FIXED), f"--{field.name}: may it change when a run goes on?"
         if field.name in run.FREE:
-            one.compare(before, {"data": "d"})
+            one.compare(before)
             assert capsys.readouterr().out == f"changed since the run began: {said}\n"
         else:
             with pytest.raises(SystemExit) as e:
-                one.compare(before, {"data": "d"})
+                one.compare(before)
             assert f"other settings ({said})" in str(e.value) and "--resume never" in str(e.value)
     fields = {f.name for s in (train_sft, train_rm, train_dpo) for f in dataclasses.fields(s.Config)}
     assert run.FREE | FIXED == fields
