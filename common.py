@@ -130,7 +130,10 @@ def init_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, number, ranks = next(dist.rendezvous("env://"))
+        # torchrun's restarts share one store: what a dead rank has said in it must not be taken for its successor's word
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=number, world_size=ranks)
     return device
 
 
