@@ -127,7 +127,14 @@ def init_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group(backend())
+        options = {}
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine under torchrun, whose restarts share one store
+            store, number, ranks = next(dist.rendezvous("env://"))
+            # what a dead rank has said in it must not be taken for its successor's word. (On several machines attempts
+            # are not counted alike, and torch makes a new store.)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            options = {"store": store, "rank": number, "world_size": ranks}
+        dist.init_process_group(backend(), **options)
     return device
 
 
