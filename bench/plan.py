@@ -180,13 +180,21 @@ def head_buffers(cfg, trained, size=BF16):
 # ---------------------------------------------------------------------------------------------------------------------
 # moments of a step
 
-PARTS = ("weights", "gathered", "gradients", "in flight", "optimizer", "activations", "logits", "reference")
+PARTS = {  # what the table's columns are
+    "weights": "this GPU's shards, float32",
+    "gathered": "whole 16-bit weights that FSDP holds: the root's all the time, a block's and the next one's",
+    "gradients": "what is held from micro-batch to micro-batch: float32 shards, or whole float32 ones",
+    "in flight": "gradients that are being made, in 16 bits, and float32 buffers in which they are summed",
+    "optimizer": "shards of two averages, float32",
+    "activations": "what the backward pass needs again, and gradients of it",
+    "logits": "slices of logits, and of their gradients, in the head's backward",
+    "reference": "shards of the second model, float32"}
 
 
 def micro_batches(flags):
     """
     The kinds of micro-batches of a step: (gradients that a rank holds before it, what is held of a group's when its
-    backward is through). sharding.accumulate: with --reduce_every they are reduced each time, else behind the last only.
+    backward is through). sharding.accumulate: with --reduce_every they are reduced each time, else behind the last one.
     """
     if flags.reduce_every or flags.micro_batches == 1:
         return [("none", "shard"), ("shard", "shard")][:flags.micro_batches]
@@ -231,8 +239,10 @@ def moments(cfg, ranks, flags):
                 return []
             buffer = FP32 * group.padded
             return [(buffer + (0 if before == "whole" else BF16 * group.whole), False),
-                    # sharding.wrap sets a divide factor: one process divides into a copy of the buffer
-                    (buffer * (2 if ranks == 1 else 1) + (held["shard"](group) if before == "shard" else 0), True)]
+                    # sharding.wrap sets a divide factor: one process divides into a copy of the buffer. The sum then
+                    # joins the shard that there is, or goes to the CPU
+                    (buffer * (2 if ranks == 1 else 1) + (FP32 * group.shard if before == "shard" or not on_gpu else 0),
+                     True)]
 
         # 1) the head; one process copies weights when they are needed and prefetches nothing
         yield moment("head", gathered=BF16 * (root.padded + (block.padded if ranks > 1 else 0)), gradients=gradients(0),
@@ -343,7 +353,7 @@ def main(flags):
         "of each GPU a step. Computed from the shapes by `bench/plan.py`, **not measured on GPUs**. "
         f"**Bold** is within {small} GB, (in brackets) beyond {large} GB. The CUDA context, NCCL's and cuBLAS's "
         "buffers and fragmentation come on top: a total just below a limit does not fit. SFT and DPO take the same, "
-        "but for `--live_reference` (DPO)."]
+        "but for `--live_reference` (DPO).", "", *(f"- {part}: {what}" for part, what in PARTS.items())]
     for name in flags.model:
         title, cfg = read_model(name)
         logits = head_buffers(cfg, flags.micro_batch_tokens) / GB

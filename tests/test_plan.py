@@ -31,7 +31,7 @@ from test_kernels_in_model import OPS, use_kernels
 # not even over two ranks
 SMALL = Config(vocab_size=97, hidden_size=26, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
                head_dim=6, intermediate_size=33)
-WIDE, SHORT = (Config(**plan.MODELS["8b"] | {"num_hidden_layers": layers}) for layers in (3, 2))
+WIDE, SHORT, ONE = (Config(**plan.MODELS["8b"] | {"num_hidden_layers": layers}) for layers in (3, 2, 1))
 UNTIED = Config(model_type="llama", vocab_size=64_000, hidden_size=1024, num_hidden_layers=2, num_attention_heads=16,
                 num_key_value_heads=8, head_dim=128, intermediate_size=2048, tie_word_embeddings=False)
 FEW_WORDS = dataclasses.replace(UNTIED, vocab_size=1000, hidden_size=4096, intermediate_size=4096)
@@ -40,11 +40,11 @@ FEW_WORDS = dataclasses.replace(UNTIED, vocab_size=1000, hidden_size=4096, inter
 STEPS = [
     (WIDE, 8, dict(micro_batch_tokens=16384, micro_batches=1, activation_checkpointing=False)),
     (WIDE, 8, dict(micro_batch_tokens=2048, micro_batches=2)),
-    (WIDE, 8, dict(micro_batch_tokens=16384, micro_batches=2, reduce_every=True, live_reference=True)),
+    (WIDE, 8, dict(micro_batch_tokens=16384, micro_batches=2, reduce_every=True)),
     (SHORT, 12, dict(micro_batch_tokens=256, micro_batches=3)),
-    (SHORT, 2, dict(micro_batch_tokens=4096, micro_batches=1)),
+    (SHORT, 2, dict(micro_batch_tokens=4096, micro_batches=1, live_reference=True)),
     (SHORT, 1, dict(micro_batch_tokens=4096, micro_batches=1)),
-    (SHORT, 1, dict(micro_batch_tokens=4096, micro_batches=2, reduce_every=True)),
+    (ONE, 1, dict(micro_batch_tokens=4096, micro_batches=2, reduce_every=True)),
     (UNTIED, 8, dict(micro_batch_tokens=16384, micro_batches=1, activation_checkpointing=False)),
     (FEW_WORDS, 8, dict(micro_batch_tokens=16384, micro_batches=2, activation_checkpointing=False))]
 
@@ -98,8 +98,8 @@ def test_rows_are_dealt_out():
     for rows in (1, 2, 7, 8, 97):
         for ranks in (1, 2, 3, 8, 64):
             shards = [plan.shard_numbers((rows, 5), ranks, rank) for rank in range(ranks)]
-            assert shards == [len(chunk) * 5 for chunk in torch.empty(rows).chunk(ranks)] + [0] * (
-                ranks - len(torch.empty(rows).chunk(ranks)))
+            chunks = torch.empty(rows, 5).chunk(ranks)  # of which there may be fewer
+            assert shards == [chunk.numel() for chunk in chunks] + [0] * (ranks - len(chunks))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.add.Tensor and args[0].shape == self.words:
-            function = torch.ops.aten.add_.Tensor  # autograd adds a tied tensor's gradients in place if nobody watches
+            function = torch.ops.aten.add_.Tensor  # autograd sums a tied tensor's gradients in place if nobody watches
         out = function(*args, **kwargs or {})
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
@@ -296,13 +296,14 @@ def total(cfg=WIDE, ranks=8, **flags):
 def test_offloaded_shards_are_not_the_gpus():
     flags = plan.Config(micro_batches=1, live_reference=True)
     away = dataclasses.replace(flags, cpu_offload=True)
-    here = dict(plan.peaks(WIDE, 8, flags))
-    rest = plan.at_rest(WIDE, 8)
+    here, rest = plan.peaks(WIDE, 8, flags), plan.at_rest(WIDE, 8)
     for name, parts in plan.peaks(WIDE, 8, away).items():
         assert parts["weights"] == parts["optimizer"] == parts["reference"] == parts["gradients"] == 0
         assert name == "update" or parts["gathered"] + parts["in flight"] > 0
         assert parts["total"] <= here[name]["total"] - 4 * rest
     assert plan.in_cpu(WIDE, 8, away) == 5 * rest and plan.in_cpu(WIDE, 8, flags) == 0
+    root = plan.groups(WIDE, 1)[1]  # one process: a buffer, its division and the sum, before that goes to the CPU
+    assert plan.peaks(WIDE, 1, away)["embedding"]["in flight"] == 3 * plan.FP32 * root.whole
     # whole gradients stay on the GPU
     many = plan.Config(micro_batches=2, cpu_offload=True)
     assert plan.peak(WIDE, 8, many)["gradients"] > 0.5 * 4 * plan.parameters(WIDE)
