@@ -190,6 +190,10 @@ def test_two_ranks_train_the_same_recipe(finished, two_ranks, name):
     (first, *steps), (header, *found) = (tiny.read(folder / "log.jsonl") for folder in (one, two))
     assert (first["ranks"], header["ranks"]) == (1, 2) and len(steps) > 1
     for a, b in zip(steps, found, strict=True):
+        if "languages" in a:
+            count = lambda row: {language: means["n"] for language, means in row["languages"].items()}
+            assert count(a) == count(b)
+            continue
         assert (b["step"], b["tokens"]) == (a["step"], a["tokens"])
         assert [b["loss"], b["grad_norm"]] == pytest.approx([a["loss"], a["grad_norm"]], rel=1e-3)
     start = finished[0] / words[words.index("--model") + 1] / "model.safetensors"
@@ -249,6 +253,8 @@ def test_presets_for_real_checkpoints_print_commands_that_parse(preset, how, cap
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith(("python", "torchrun"))]
     assert len(commands) > 25
+    safe = [words for words in commands if any(word.endswith(":0.15") and "safety" in word for word in words)]
+    assert len(safe) == 8 and all(any(word.endswith(":0.85") for word in words) for words in safe)  # SFT and offline DPO
     for words in commands:
         at = next(i for i, w in enumerate(words) if w.endswith(".py"))
         common.parse_config(scripts[words[at]].Config, words[at + 1:])
