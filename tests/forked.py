@@ -16,7 +16,6 @@ import multiprocessing.forkserver
 import os
 import pkgutil
 import random
-import resource
 import signal
 import socket
 import sys
@@ -192,6 +191,10 @@ def same(out, expected):
         elif (out / name).is_file() and name != "log.jsonl":
             assert (out / name).read_bytes() == (expected / name).read_bytes(), name
     assert steps(out) == steps(expected)
+    one, two = ([row["languages"] for row in tiny.read(where / "log.jsonl") if "languages" in row] for where in (out, expected))
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):  # another grouping of the same sum, where a run went on
+        assert a.keys() == b.keys() and all(a[language] == pytest.approx(b[language]) for language in a)
     assert [p.name for p in out.parent.iterdir() if out.name in p.name] == [out.name]
 
 
@@ -275,24 +278,13 @@ def calls(path):
     return [found.count("True"), found.count("False")]
 
 
-@contextlib.contextmanager
-def largest_file(limit):
-    """No file of this process may grow past `limit` bytes: the write fails as on a full disk, with another errno."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def full_disk(target, limit, rank, at=1):
     """During the `at`-th call of a function no file may grow past `limit` bytes."""
     count = itertools.count(1)
 
     def make(plain):
         def call(*args, **options):
-            with largest_file(limit) if next(count) == at else contextlib.nullcontext():
+            with tiny.largest_file(limit) if next(count) == at else contextlib.nullcontext():
                 return plain(*args, **options)
         return call
     patched(target, make, rank)

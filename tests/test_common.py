@@ -6,13 +6,11 @@ common.py: flags, files that survive a kill, the schedule, the optimizer, the lo
 As a program, this file is what those ranks and the full-disk test run: torchrun tests/test_common.py ranks DIR.
 """
 
-import contextlib
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from generate import generate
 from model import Config as ModelConfig
 from model import Transformer, load, save
 from optim import cosine_lr
+from tiny import largest_file
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {
     "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -319,22 +318,11 @@ def test_kill_9_at_every_step_of_atomic_dir(tmp_path):
     assert n >= 10 and between == 1
 
 
-@contextlib.contextmanager
-def full_disk(limit):
-    """No file of this process may grow past `limit` bytes: the write fails as on a full disk, with another errno."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_in_atomic_file_is_one_line_and_loses_nothing(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("old", encoding="utf-8")
     for at_once in (True, False):  # the write itself fails, or the flush at the end of the block
-        with pytest.raises(SystemExit) as e, full_disk(1000), atomic_file(path) as f:
+        with pytest.raises(SystemExit) as e, largest_file(1000), atomic_file(path) as f:
             f.write("x" * (100_000 if at_once else 1001))
         assert e.value.code.startswith(f"error: cannot write {path}: ") and "\n" not in e.value.code
         assert names(tmp_path) == ["rows.jsonl"] and path.read_text(encoding="utf-8") == "old"
@@ -355,7 +343,7 @@ def test_places_where_nothing_can_be_written_are_one_line(tmp_path):
 
 def full_disk_main(path):
     """What the next test runs: a checkpoint (written by safetensors, in Rust) does not fit."""
-    with full_disk(20_000):
+    with largest_file(20_000):
         save(tiny_model(seed=1), path)
 
 

@@ -45,8 +45,8 @@ cpu = tiny.cpu
 
 # --- stopped and continued ---
 
-CASES = [(name, (), ranks) for name in ("sft", "rm", "dpo") for ranks in (1, 2)]
-CASES += [("dpo", ("--live_reference",), 1), ("dpo", ("--live_reference",), 2), ("dpo", ("--async_save",), 1),
+CASES = [("sft", (), 1), ("sft", (), 2), ("rm", (), 1), ("dpo", (), 1), ("dpo", (), 2)]
+CASES += [("dpo", ("--live_reference",), 2), ("dpo", ("--async_save",), 1),
           ("sft", ("--async_save",), 2), ("dpo", ("--param_dtype", "bfloat16"), 1), ("sft", ("--batch_tokens", 150), 1)]
 
 

@@ -6,8 +6,10 @@ each rank and script (most of the time of a tiny run): it forks after the import
     python tests/tiny.py jobs.json      # [[ranks, [[grads file or "", "train_sft.py", "--model", ...], ...]], ...]
 """
 
+import contextlib
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -53,6 +55,17 @@ def make_checkpoint(folder, seed=0, tokenizer=True, **sizes):
     model = Transformer(cfg).init_weights(seed)
     save(model, folder, source=folder)  # atomic_dir moves the old folder away, write_checkpoint has read its tokenizer
     return model
+
+
+@contextlib.contextmanager
+def largest_file(limit):
+    """No file of this process may grow past `limit` bytes: the write fails as on a full disk, with another errno."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def outputs(model, ids):
