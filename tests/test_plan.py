@@ -43,8 +43,8 @@ STEPS = [
     (WIDE, 8, dict(micro_batch_tokens=16384, micro_batches=2, reduce_every=True)),
     (SHORT, 12, dict(micro_batch_tokens=256, micro_batches=3)),
     (SHORT, 2, dict(micro_batch_tokens=4096, micro_batches=1, live_reference=True)),
-    (SHORT, 1, dict(micro_batch_tokens=4096, micro_batches=1)),
-    (ONE, 1, dict(micro_batch_tokens=4096, micro_batches=2, reduce_every=True)),
+    (ONE, 1, dict(micro_batch_tokens=4096, micro_batches=1)),
+    (SHORT, 1, dict(micro_batch_tokens=4096, micro_batches=2, reduce_every=True)),
     (UNTIED, 8, dict(micro_batch_tokens=16384, micro_batches=1, activation_checkpointing=False)),
     (FEW_WORDS, 8, dict(micro_batch_tokens=16384, micro_batches=2, activation_checkpointing=False))]
 
