@@ -51,7 +51,7 @@ def wrap(model, param_dtype=torch.float32, cpu_offload=False, compile_blocks=Fal
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    for part in fsdp_modules(model):  # a plain sum over ranks: losses are shares of the batch's already
+    for part in fsdp_modules(model) if world() > 1 else ():  # a plain sum: losses are shares of the batch's already
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # else a scaled sum, which gloo lacks
     return model

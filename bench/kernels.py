@@ -8,7 +8,8 @@ share of what this GPU copies or multiplies at best (measured first), peak memor
 
 Peers: `eager` is the definition in plain PyTorch, `compiled` the same under torch.compile, `sdpa-*` PyTorch's attention by
 each of its backends, `flex` torch.compile'd flex_attention, `linear_cross_entropy` PyTorch's own where it has it, `liger`
-where it is installed. Times are medians; on a GPU by CUDA events, with the L2 cache overwritten before each call. FLOPs of
+where it is installed. Times are medians; on a GPU by CUDA events, behind a pause in which Python launches
+the kernels (else a call of 50 us would show Python's time) and an overwriting of the L2 cache. FLOPs of
 attention are counted as 2 matmuls forward and 5 backward of what is visible, whatever a kernel recomputes.
 """
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
 from common import atomic_file, git_commit, hardware, parse_config, print0  # noqa: E402
 
+HEAD_START = 4_000_000  # clock cycles, 2 ms, that the GPU waits before a call: Python launches meanwhile, as in a model
 C, FFN, H, HKV, D = 4096, 14336, 32, 8, 128  # of aya-expanse-8b
 
 
@@ -72,6 +74,7 @@ def seconds(call):
     call()
     peak, events = torch.cuda.max_memory_allocated() - before, []
     for _ in range(CFG.repeats):
+        torch.cuda._sleep(HEAD_START)
         flush.zero_()
         events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
         events[-1][0].record()

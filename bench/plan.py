@@ -239,9 +239,8 @@ def moments(cfg, ranks, flags):
                 return []
             buffer = FP32 * group.padded
             return [(buffer + (0 if before == "whole" else BF16 * group.whole), False),
-                    # sharding.wrap sets a divide factor: one process divides into a copy of the buffer. The sum then
-                    # joins the shard that there is, or goes to the CPU
-                    (buffer * (2 if ranks == 1 else 1) + (FP32 * group.shard if before == "shard" or not on_gpu else 0),
+                    # the sum then joins the shard that there is, or goes to the CPU
+                    (buffer + (FP32 * group.shard if before == "shard" or not on_gpu else 0),
                      True)]
 
         # 1) the head; one process copies weights when they are needed and prefetches nothing

@@ -18,6 +18,7 @@ rejected side's follow it backwards: the loss falls within a few steps, and a wr
 log-probs are computed beforehand on every side, and their seconds stand apart.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -59,6 +60,7 @@ class Config:
     tasks: list[str] = field(default_factory=lambda: ["sft", "dpo"])  # what is timed
     mixes: list[str] = field(default_factory=lambda: ["equal", "mixed"])  # lengths: all the same, or log-uniform
     repeats: int = 3  # of the best setting of every side, behind the one run of every setting
+    sides: list[str] = field(default_factory=lambda: [OURS, TRL, PLAIN])  # who is measured
     settings: list[str] = field(default_factory=list)  # try only these settings (default: all)
     steps: int = 8  # optimizer steps of a run
     warmup: int = 3  # how many of these are not counted: torch.compile compiles up to the third length
@@ -99,12 +101,21 @@ def make_model(cfg):
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>", "pad_token": "<PAD>",
         "unk_token": "<UNK>", "eos_token": "<|END_OF_TURN_TOKEN|>", "chat_template": CHAT_TEMPLATE}), encoding="utf-8")
-    chat = Chat(folder)
-    model = Transformer(ModelConfig(
+    chat, cuda = Chat(folder), torch.cuda.is_available()
+    config = ModelConfig(
         model_type="cohere", vocab_size=cfg.vocab, hidden_size=cfg.hidden, intermediate_size=cfg.mlp,
         num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
         logit_scale=cfg.logit_scale, rope_theta=10000.0, max_position_embeddings=max(512, cfg.tokens),
-        bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad, initializer_range=0.02)).init_weights(0)
+        bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad, initializer_range=0.02)
+    if cuda:  # init_weights draws on the CPU, the same for all machines: minutes for billions of weights
+        torch.manual_seed(0)
+        with torch.device("cuda"), torch.no_grad():
+            model = Transformer(config).bfloat16()
+            for p in model.parameters():
+                if p.ndim >= 2:
+                    p.normal_(0, config.initializer_range)
+    else:
+        model = Transformer(config).init_weights(0)
     save(model, folder, source=folder)
     return folder
 
@@ -147,11 +158,15 @@ def settings_of(cfg, task, mix, cuda):
                  "whole batch, checkpointing, compile": [*whole, "--activation_checkpointing", "--compile"]}
     found = {OURS: ours} | ({TRL: _trl.variants(task, mix, cuda), PLAIN: _trl.PLAIN} if cfg.peer else {})
     return {side: {name: v for name, v in known.items() if not cfg.settings or name in cfg.settings}
-            for side, known in found.items()}
+            for side, known in found.items() if side in cfg.sides}
+
+
+class StepsDone(Exception):
+    """Raised behind the last step that is measured."""
 
 
 def ours(job):
-    """Runs train_sft.py or train_dpo.py here, with a clock behind Run.end_step."""
+    """Runs train_sft.py or train_dpo.py here, with a clock behind Run.end_step, up to its last step."""
     script, task, out = importlib.import_module(f"train_{job['task']}"), job["task"], job["result"] + ".run"
     flags = {"model": job["model"], "data" if task == "sft" else "pairs": job["data"], "out": out, "resume": "never",
              "batch_size": job["batch"], "max_steps": job["steps"], "max_tokens": job["max_tokens"], "lr": job["lr"],
@@ -163,6 +178,8 @@ def ours(job):
         end_step(self, models, optimizer, max_steps, items, *rest, **more)
         clock.tick()
         order.append([int(item.where.rpartition(":")[2]) - 1 for item in items])
+        if len(order) == job["steps"]:
+            raise StepsDone  # the checkpoint is not written: gigabytes, and TRL is not asked for one
     Run.end_step = ticks
     if task == "dpo":
         compute = script.reference_logps
@@ -174,8 +191,9 @@ def ours(job):
             return found
         script.reference_logps = timed
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    script.main(parse_config(script.Config, words + job["variant"]))
-    log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    with contextlib.suppress(StepsDone):
+        script.main(parse_config(script.Config, words + job["variant"]))
+    log = [json.loads(line) for line in Path(out + ".unfinished/log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in log if "step" in row]
     found = clock.found() | {"loss": [row["loss"] for row in steps], "tokens": [row["tokens"] for row in steps],
                              "order": order, "reference_s": reference}

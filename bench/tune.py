@@ -42,7 +42,7 @@ CHOICES = {
     "swiglu": ("swiglu", ["_swiglu_forward", "_swiglu_backward"], {
         "BLOCK": (512, 1024, 2048, 4096), "NUM_WARPS": (2, 4, 8)}),
     "rope": ("rope", ["_rope_kernel"], {"NUM_WARPS": (1, 2, 4, 8)}),
-    "layernorm": ("layernorm", ["_norm_backward"], {"PROGRAMS": (132, 264, 396, 528)}),
+    "layernorm": ("layernorm", ["_norm_backward"], {"PROGRAMS": (132, 264, 396, 528), "STAGES": (1, 2, 3)}),
 }  # fmt: skip
 
 

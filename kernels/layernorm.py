@@ -24,6 +24,7 @@ from torch import Tensor
 from ._triton import opaque, tl, triton, use_triton
 
 PROGRAMS = 264  # of the backward: two for each of an H100's 132 multiprocessors; each keeps rows of dweight
+STAGES = 2  # of the backward's loop over tiles
 ELEMENTS = 1024  # a tile holds one row, or as many short ones (heads) as make this many elements
 KINDS = ("layer", "rms", "rms+1")
 
@@ -69,6 +70,7 @@ def _norm_forward(
 def _norm_backward(
     dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, N, MEAN: tl.constexpr, ROUND: tl.constexpr,
     ONE: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # with d = dy w:   dx = rstd (d - mean(d) - h mean(d h)), without mean(d) in RMSNorm;   dweight = sum over rows of dy h
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -76,7 +78,8 @@ def _norm_backward(
     # this program's tiles are one in num_programs, and so far apart that a line of a tile always meets the same head
     w = tl.load(w_ptr + (first % HEADS) * C + col, mask=col < C, other=0.0).to(tl.float32) + ONE
     dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+    # in stages: the next tiles are on their way while this one's sums are waited for
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = first + (tile - tl.program_id(0)).to(tl.int64) * ROWS
         inside = (row < N) & (col < C)
         x = tl.load(x_ptr + row * C + col, mask=inside, other=0.0).to(tl.float32)
@@ -124,7 +127,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor, kind: str) -
     step = HEADS // math.gcd(HEADS, ROWS)  # programs in whole steps: see the kernel on heads
     programs = triton.cdiv(min(PROGRAMS, triton.cdiv(N, ROWS)), step) * step
     dw = torch.empty((programs * ROWS // HEADS, *weight.shape), dtype=torch.float32, device=x.device)
-    _norm_backward[(programs,)](dy, x, weight, stats[0], stats[1], dx, dw, N, **options)
+    _norm_backward[(programs,)](dy, x, weight, stats[0], stats[1], dx, dw, N, STAGES=STAGES, **options)
     return dx, dw.sum(0).to(weight.dtype)
 
 

@@ -91,9 +91,10 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_no_kernel_spills_and_all_fit(compiled):
-    # dk and dv keep two (128, 128) fp32 tiles in registers, and have a few bytes too many; so has all of D = 256, where
+    # dk and dv keep two (64, 128) fp32 tiles in the registers of four warps, 296 bytes too many in packed rows (measured on
+    # an H200, that is faster than eight warps and no spills); so has all of D = 256, where
     # triton 3.6's assembler spills in the forward and in dq as well (80 and 220 bytes), 3.9's does not
-    few = {"_attention_dkdv": 112, "_attention_dq": 220, "_attention_forward": 80}
+    few = {"_attention_dkdv": 296, "_attention_dq": 220, "_attention_forward": 80}
     for (arch, kernel, case), row in compiled.items():
         tight = arch == 90 and (kernel == "_attention_dkdv" or case == "D = 256, cap")
         assert row["spills"] <= (few.get(kernel, 0) if tight else 0), (arch, kernel, case, row)
