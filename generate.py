@@ -1,8 +1,9 @@
 """
-Sampling: batched, with a KV cache, and the same samples whatever the batch; or, without --prompts, a chat in the terminal.
+Sampling: many prompts, K samples each, and the same samples whatever the batch; or, without --prompts, a chat in the
+terminal.
 
-Prompts of similar length share a batch; the K samples of a prompt share its prefill; rows that have ended leave the
-batch. Each token is drawn by inverse transform from one uniform number that depends only on (seed, prompt, sample,
+--batch_size sequences are in flight. The K samples of a prompt share its prefill; as sequences end, waiting prompts take
+their places (sampler.py). Each token is drawn from one uniform number that depends only on (seed, prompt, sample,
 position), so neither batch size nor order nor the number of ranks changes what is drawn.
 
 python generate.py --model out/mini/final                                   # a chat; any checkpoint with a chat template
@@ -11,19 +12,25 @@ python generate.py --model out/mini/final --prompts out/mini/data/test.jsonl --o
 """
 
 import contextlib
+import hashlib
+import math
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import common
 from chat import Chat
 from common import die, init_distributed, parse_config, print0
 from data import read_rows, write_rows
-from model import KVCache, load
+from model import load
+from sampler import Sampler
 from sharding import unsharded
+
+REFILL = 16  # free places are filled when they are this share of all: 1/16
+PREFILL = 8192  # tokens of prompts that are read in one pass
 
 
 @dataclass
@@ -35,134 +42,145 @@ class Config:
     max_new_tokens: int = 256  # longest completion, in tokens
     temperature: float = 0.0  # 0: the most likely token each time (greedy)
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
+    stop: list[str] = field(default_factory=list)  # strings that end a completion, which ends before them
     samples: int = 1  # completions per prompt
     seed: int = 0  # of the draws
     batch_size: int = 256  # rows in flight
 
 
-def uniforms(seed, prompts, samples, position):
+class Stop:
     """
-    One uniform number in [0, 1) for each (prompt, sample) at this position, by hashing the four numbers (splitmix64,
-    Steele et al. 2014): prompts, samples (n,) int arrays -> (n,) float64.
+    When a completion has ended: an id of `stop_ids`, which is then its last one, or a string of `strings` in its text, as
+    `decode` (ids -> text) has it. Only the newest ids are decoded: each gives a byte or more, or is a control token.
     """
-    with np.errstate(over="ignore"):
-        z, seeds = np.uint64(0), np.full(len(prompts), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
-        for part in (seeds, np.asarray(prompts), np.asarray(samples), np.full(len(prompts), position)):
-            z = (z ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+
+    def __init__(self, stop_ids=(), strings=(), decode=None):
+        self.ids, self.strings, self.decode = frozenset(stop_ids), [s for s in strings if s], decode
+        self.tail = max((len(s.encode("utf-8")) for s in self.strings), default=0) + 8
+
+    def __call__(self, ids):
+        if ids[-1] in self.ids:
+            return True
+        return bool(self.strings) and any(s in self.decode(ids[-self.tail:]) for s in self.strings)
+
+    def cut(self, text):
+        """The text before the first stop string, and whether there was one."""
+        ends = [text.index(s) for s in self.strings if s in text]
+        return (text[:min(ends)], True) if ends else (text, False)
 
 
-def draw(logits, temperature, top_p, u):
-    """logits (n, V), u (n,) uniform -> (n,) ids: greedy at temperature 0, else softmax(logits / T) cut to top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:  # nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens that holds top_p
-        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
-        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
-    total = probs.double().cumsum(-1)
-    target = u.to(total.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, target, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+def slots_that_fit(model, wanted, capacity):
+    """On a GPU, as many sequences as half of the free memory holds keys and values of: prompts need some beside."""
+    weight, cfg = next(model.parameters()), model.cfg
+    if not weight.is_cuda:
+        return wanted
+    size = 2 * weight.element_size() * cfg.num_key_value_heads * cfg.head_dim * sum(
+        min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers))
+    return max(1, min(wanted, torch.cuda.mem_get_info()[0] // 2 // size))
 
 
-@torch.no_grad()
+def sampling(model, prompts, max_new_tokens, temperature, top_p, samples, stop, seed, prompt_keys, batch_size, vocab_size,
+             min_p):
+    """
+    Yields (prompt, sample, id, log-prob, has it ended) token by token, completions in no order: waiting prompts take the
+    slots of those that have ended.
+    """
+    keys = range(len(prompts)) if prompt_keys is None else prompt_keys
+    capacity = max(map(len, prompts)) + max_new_tokens
+    slots = slots_that_fit(model, min(batch_size, samples * len(prompts)), capacity)
+    engine = Sampler(model, slots, capacity, temperature, top_p, min_p, seed, vocab_size)
+    # what waits: prompts in order, their samples in parts that fit; and of every slot, what it works on
+    waiting = deque((i, range(first, min(first + slots, samples))) for i in range(len(prompts))
+                    for first in range(0, samples, slots))
+    work, made = {}, {}
+    while waiting or work:
+        places, jobs, tokens = slots - len(work), [], 0
+        if not work or places >= max(1, slots // REFILL):  # not for every place: a pass reads all weights
+            while waiting and len(waiting[0][1]) <= places and (not jobs or tokens + len(prompts[waiting[0][0]]) <= PREFILL):
+                i, numbers = waiting.popleft()
+                jobs.append((i, numbers))
+                places, tokens = places - len(numbers), tokens + len(prompts[i])
+        if jobs:
+            found = engine.add([(prompts[i], keys[i], numbers) for i, numbers in jobs])
+            work |= dict(zip(found[0], ((i, k) for i, numbers in jobs for k in numbers)))
+        else:
+            found = engine.step()
+        ended = []
+        for slot, token, logp in zip(*found):
+            i, k = work[slot]
+            if not math.isfinite(logp):
+                die(f"sampling: the logits of prompt {i + 1} of {len(prompts)} are not numbers; check the checkpoint")
+            ids = made.setdefault((i, k), [])
+            ids.append(token)
+            over = stop(ids)
+            if over or len(ids) == max_new_tokens:
+                ended.append(slot)
+                del work[slot], made[i, k]
+            yield i, k, token, logp, over
+        if ended:
+            engine.release(ended)
+        if not waiting and len(work) < 0.75 * engine.used:  # not at every step: to move a sequence costs a copy
+            moves = engine.close_up()
+            work = {moves.get(slot, slot): what for slot, what in work.items()}
+
+
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, stop_ids=(), seed=0,
-             prompt_keys=None, batch_size=256, vocab_size=None):
+             prompt_keys=None, batch_size=256, vocab_size=None, min_p=0.0, stop=None, logps=False):
     """
-    prompts: list of lists of token ids -> for each prompt a list of `samples` lists of new ids (a stop id ends a
-    completion and is part of it). `prompt_keys`: a number per prompt that names it in the draws (default: its place);
-    `vocab_size`: ids from here on are never drawn (embeddings are often padded past the tokenizer).
+    prompts: list of lists of token ids -> for each prompt a list of `samples` lists of new ids (what ends a completion is
+    part of it). `prompt_keys`: a number per prompt that names it in the draws (default: its place); `vocab_size`: ids from
+    here on are never drawn (embeddings are often padded past the tokenizer); `stop`: a Stop, instead of `stop_ids`.
+    `logps`: returns the model's log-prob of each id too, a second list of the same shape, at temperature 1 and uncut: what
+    token_logps says of the completion.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or samples < 1 or max_new_tokens < 1:
-        die("sampling needs temperature >= 0, 0 < top_p <= 1, samples >= 1 and max_new_tokens >= 1; got "
-            f"{temperature}, {top_p}, {samples} and {max_new_tokens}")
-    device = next(model.parameters()).device
-    keys = np.asarray(range(len(prompts)) if prompt_keys is None else prompt_keys)
-    out = [[[] for _ in range(samples)] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(1, batch_size // samples)
-    stops = torch.tensor(sorted(stop_ids), device=device)
-    for begin in common.progress(range(0, len(order), per_batch), "sampling"):
-        chunk = order[begin:begin + per_batch]
-        T = len(prompts[chunk[-1]])
-        ids = torch.zeros((len(chunk), T), dtype=torch.int64)
-        doc_start = torch.zeros((len(chunk), T + max_new_tokens), dtype=torch.int32)
-        for r, i in enumerate(chunk):  # left padding: every row's last prompt token is in the last column
-            pad = T - len(prompts[i])
-            ids[r, pad:], doc_start[r, pad:] = torch.tensor(prompts[i]), pad
-        ragged = bool(doc_start.any())
-        ids, doc_start = ids.to(device), doc_start.to(device)
-        cache = KVCache(model.cfg, len(chunk), T + max_new_tokens, next(model.parameters()).dtype, device)
-        logits = model.logits(model.hidden(ids, doc_start=doc_start if ragged else None, cache=cache)[:, -1])
-        # K samples of a prompt continue from one prefill
-        rows = torch.arange(len(chunk), device=device).repeat_interleave(samples)
-        logits, doc_start = logits[rows], doc_start[rows]
-        cache.take(rows)
-        place = [(i, k) for i in chunk for k in range(samples)]  # which completion each row belongs to
-        live = torch.ones(len(place), dtype=torch.bool, device=device)  # rows that have not ended
-        for position in range(max_new_tokens):
-            if vocab_size is not None and vocab_size < logits.shape[1]:
-                logits = logits[:, :vocab_size]
-            u = None
-            if temperature > 0:
-                u = torch.from_numpy(uniforms(seed, [keys[i] for i, _ in place], [k for _, k in place], position))
-            token = draw(logits, temperature, top_p, u)
-            for (i, k), t in zip(place, token.tolist()):
-                out[i][k].append(t)
-            live &= ~torch.isin(token, stops)
-            if position == max_new_tokens - 1 or not live.any():
-                break
-            if live.sum() < 0.75 * len(place):  # finished rows leave; not at every step: moving the cache costs a copy
-                keep = live.nonzero().squeeze(1)
-                place, token = [place[r] for r in keep.tolist()], token[keep]
-                doc_start, live = doc_start[keep], live[keep]
-                cache.take(keep)
-            hidden = model.hidden(token[:, None], doc_start=doc_start if ragged else None, cache=cache)
-            logits = model.logits(hidden[:, -1])
-    return [[cut(c, stop_ids) for c in row] for row in out]
+    if (temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or samples < 1 or max_new_tokens < 1 or batch_size < 1):
+        die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1, max_new_tokens >= 1 and "
+            f"batch_size >= 1; got {temperature}, {top_p}, {min_p}, {samples}, {max_new_tokens} and {batch_size}")
+    if empty := next((i for i, ids in enumerate(prompts, 1) if not ids), None):
+        die(f"sampling: prompt {empty} of {len(prompts)} has no token at all")
+    made, scores = ([[[] for _ in range(samples)] for _ in prompts] for _ in range(2))
+    if prompts:
+        bar = common.progress(None, "sampling", len(prompts) * samples)
+        for i, k, token, logp, ended in sampling(model, prompts, max_new_tokens, temperature, top_p, samples,
+                                                 stop or Stop(stop_ids), seed, prompt_keys, batch_size, vocab_size, min_p):
+            made[i][k].append(token)
+            scores[i][k].append(logp)
+            if ended or len(made[i][k]) == max_new_tokens:
+                bar.update()
+    return (made, scores) if logps else made
 
 
-def cut(ids, stop_ids):
-    """Ids up to and with the first stop id: a row that had ended may have stayed in the batch for a few steps."""
-    return next((ids[:n + 1] for n, t in enumerate(ids) if t in stop_ids), ids)
+def key_of(name):
+    """A row's id as the number that names it in the draws: 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big", signed=True)
 
 
 def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256,
-             teacher="", first=0):
+             teacher="", min_p=0.0, stop=()):
     """
-    Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks. `first`:
-    the place of rows[0] among all prompts, when they are sampled part by part: it names the prompt in the draws.
+    Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks. What is
+    drawn depends on seed, id and sample only. `stop`: strings; a completion ends before the first of them.
     """
-    place = range(common.rank(), len(rows), common.world())
+    place, stop = range(common.rank(), len(rows), common.world()), Stop(chat.stop_ids, stop, chat.decode)
     with unsharded(model):
         made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in place], max_new_tokens, temperature, top_p,
-                        samples, chat.stop_ids, seed, [first + i for i in place], batch_size, chat.vocab_size)
-    done = [(i, k, chat.decode(ids), ids[-1] in chat.stop_ids) for i, completions in zip(place, made)
+                        samples, (), seed, [key_of(rows[i]["id"]) for i in place], batch_size, chat.vocab_size, min_p, stop)
+    done = [(i, k, *stop.cut(chat.decode(ids)), ids[-1] in stop.ids) for i, completions in zip(place, made)
             for k, ids in enumerate(completions)]
     return [{"id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,
-             "teacher": teacher, "sample": k, "ended": ended} for i, k, text, ended in sorted(common.gather_list(done))]
+             "teacher": teacher, "sample": k, "ended": ended or stopped}
+            for i, k, text, stopped, ended in sorted(common.gather_list(done))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a chat in the terminal
 
-@torch.no_grad()
-def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0, vocab_size=None):
+def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0, vocab_size=None, min_p=0.0):
     """What generate() returns for one prompt, a list of token ids, but each new id is yielded as it is drawn."""
-    weight = next(model.parameters())
-    cache = KVCache(model.cfg, 1, len(prompt) + max_new_tokens, weight.dtype, weight.device)
-    ids = torch.tensor([prompt], device=weight.device)
-    for position in range(max_new_tokens):
-        logits = model.logits(model.hidden(ids, cache=cache)[:, -1])[:, :vocab_size]
-        token = draw(logits, temperature, top_p, torch.from_numpy(uniforms(seed, [0], [0], position)))
-        yield token.item()
-        if token.item() in stop_ids:
-            return
-        ids = token[:, None]
+    for _, _, token, _, _ in sampling(model, [prompt], max_new_tokens, temperature, top_p, 1, Stop(stop_ids), seed, None, 1,
+                                      vocab_size, min_p):
+        yield token
 
 
 def pieces(chat, ids):
@@ -187,7 +205,7 @@ def answer(model, chat, messages, cfg, number):
         print(f"({len(prompt)} tokens so far; this model was made for {model.cfg.max_position_embeddings}: /reset)")
     said, ids = "", []
     tokens = stream(model, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_p, chat.stop_ids, cfg.seed + number,
-                    chat.vocab_size)
+                    chat.vocab_size, cfg.min_p)
     try:
         for piece in pieces(chat, (ids.append(i) or i for i in tokens)):
             print(piece, end="", flush=True)
@@ -241,7 +259,7 @@ def main(cfg):
         die(f"{cfg.prompts} holds no prompt in {' '.join(cfg.languages)}")
     model, chat = load(cfg.model, device=device), Chat(cfg.model)
     done = complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
-                    cfg.batch_size, Path(cfg.model).name)
+                    cfg.batch_size, Path(cfg.model).name, cfg.min_p, cfg.stop)
     cut_off = sum(not row["ended"] for row in done)
     if common.is_main():
         write_rows(cfg.out, done)

@@ -26,7 +26,7 @@ import checkpoint
 from checkpoint import Checkpoint
 from common import atomic_dir, die, is_main
 from config import LLAMA3, Config
-from kernels import attention, layernorm, rmsnorm, rope, swiglu, token_logps
+from kernels import attention, decode, layernorm, rmsnorm, rope, swiglu, token_logps
 from sharding import first_row, local, whole
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,9 +117,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.has_rope:
             q, k = rope(q, k, cos, sin, self.interleaved, in_place=True)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, all tokens so far, Hkv, D)
-        out = attention(q, k, v, doc_start=doc_start, window=self.window, softcap=self.softcap, scale=self.scale)
+        options = {"softcap": self.softcap, "scale": self.scale}
+        if cache is not None and cache.decoding:
+            keys, values, length = cache.append(self.layer, k, v)
+            out = decode(q, keys, values, length=length, **options)
+        else:
+            if cache is not None:
+                cache.fill(self.layer, k, v)
+            out = attention(q, k, v, doc_start=doc_start, window=self.window, **options)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -172,27 +177,6 @@ class Backbone(nn.Module):
         self.norm = make_norm(cfg)
 
 
-class KVCache:
-    """Keys and values of every layer, preallocated: k, v (layers, B, T_max, Hkv, D); `length` tokens are filled."""
-
-    def __init__(self, cfg, batch, max_tokens, dtype, device):
-        shape = (cfg.num_hidden_layers, batch, max_tokens, cfg.num_key_value_heads, cfg.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length, self.layers = 0, cfg.num_hidden_layers
-
-    def append(self, layer, k, v):
-        """Stores (B, T, Hkv, D) behind what is there and returns all of it. The last layer of a pass moves `length`."""
-        end = self.length + k.shape[1]
-        self.k[layer, :, self.length:end], self.v[layer, :, self.length:end] = k, v
-        if layer == self.layers - 1:
-            self.length = end
-        return self.k[layer, :, :end], self.v[layer, :, :end]
-
-    def take(self, rows):
-        """Keeps (or repeats) rows by this index tensor: finished rows leave, samples of one prompt share a prefill."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
 class Transformer(nn.Module):
     """
     A causal language model. `source`: the folder it was loaded from, or None; `stored`: its dtype there. `recompute`: activation checkpointing (Chen
@@ -203,7 +187,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.frequencies = cfg, {}
         self.model = Backbone(cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -222,21 +206,23 @@ class Transformer(nn.Module):
     def rope_tables(self, positions):
         """cos and sin (..., T, D/2) of integer positions (..., T), in fp32 (fp64 in an fp64 model)."""
         acc = torch.promote_types(self.model.embed_tokens.weight.dtype, torch.float32)
-        angle = positions[..., None].to(acc) * rope_frequencies(self.cfg).to(positions.device, acc)
+        if (positions.device, acc) not in self.frequencies:  # kept: a CUDA graph may not wait for a copy from the CPU
+            self.frequencies[positions.device, acc] = rope_frequencies(self.cfg).to(positions.device, acc)
+        angle = positions[..., None].to(acc) * self.frequencies[positions.device, acc]
         return angle.cos(), angle.sin()
 
     def hidden(self, ids, positions=None, doc_start=None, cache=None):
         """
-        ids (B, T) int64 -> (B, T, C) after the final norm. `positions` (T,) or (B, T): defaults to 0..T-1, behind what
-        the cache holds. `doc_start` (B, T) int32 (with a cache: (B, T_all)): first token of each token's document, for
-        packed rows and left padding; positions then count from it.
+        ids (B, T) int64 -> (B, T, C) after the final norm. `positions` (T,) or (B, T): defaults to 0..T-1. `doc_start`
+        (B, T) int32: first token of each token's document, for packed rows; positions then count from it. `cache`: a
+        cache.KVCache of which begin_fill() or begin_step() was called; a step's position is the number of tokens before it.
         """
-        past = cache.length if cache is not None else 0
-        T = ids.shape[1]
-        if positions is None:
-            positions = torch.arange(past, past + T, device=ids.device)
+        if positions is None and cache is not None and cache.decoding:
+            positions = cache.length[:len(ids), None]
+        elif positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
             if doc_start is not None:
-                positions = (positions - doc_start[:, past:past + T]).clamp(min=0)
+                positions = (positions - doc_start).clamp(min=0)
         cos, sin = self.rope_tables(positions)
         x = self.model.embed_tokens(ids)
         if self.cfg.family.embed_scale:  # rounded to x's dtype first, as Gemma was trained: 55.43 is 55.5 in bfloat16
@@ -244,8 +230,10 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():  # no dropout: there is no random state to keep
                 x = checkpointed(block, x, cos, sin, doc_start, use_reentrant=False, preserve_rng_state=False)
+            elif cache is not None:  # without FSDP's hooks and the compiler: weights are whole while sampling (unsharded)
+                x = block.forward(x, cos, sin, doc_start, cache)
             else:
-                x = block(x, cos, sin, doc_start, cache)
+                x = block(x, cos, sin, doc_start, None)
         return self.model.norm(x)
 
     @property
@@ -253,9 +241,16 @@ class Transformer(nn.Module):
         """(V, C): a matrix of its own, or the embedding again."""
         return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
 
-    def logits(self, hidden):
-        """(..., C) -> (..., V): the head, the family's scale, and Gemma's soft cap."""
-        logits, cap = hidden @ self.head.T * self.cfg.logit_scale, self.cfg.final_logit_softcapping
+    def logits(self, hidden, exact=False):
+        """
+        (..., C) -> (..., V): the head, the family's scale, and Gemma's soft cap. `exact`: hidden (n, C) -> fp32, on a GPU
+        not rounded to 16 bits on the way: what is sampled from, and the same numbers as token_logps.
+        """
+        cap = self.cfg.final_logit_softcapping
+        if exact and hidden.is_cuda and hidden.dtype != torch.float32:
+            logits = torch.mm(hidden, self.head.T, out_dtype=torch.float32) * self.cfg.logit_scale
+        else:
+            logits = hidden @ self.head.T * self.cfg.logit_scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, ids, loss_mask=None, doc_start=None):

@@ -105,7 +105,7 @@ def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, pat
         part = kept[len(done):len(done) + len(rows) * (cfg.samples + 1)]
         if len(part) < len(rows) * (cfg.samples + 1):
             part = complete(policy, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples,
-                            seed=cfg.seed + run.round, teacher="policy", first=first)
+                            seed=cfg.seed + run.round, teacher="policy")
             greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported beside best of K
             part += [row | {"sample": "greedy"} for row in greedy]
             rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in part])

@@ -35,7 +35,7 @@ def file_of(op):
 
 def launch_for_meta_tensors():
     """Ops of torch.library launch nothing for tensors without data, so their functions take their places."""
-    for op in [*FUNCTIONS, "decode"]:
+    for op in [*FUNCTIONS, "decode", "sample"]:
         for key, value in list(vars(file_of(op)).items()):
             if hasattr(value, "_init_fn"):
                 setattr(file_of(op), key, value._init_fn)
@@ -91,11 +91,11 @@ def compiled_to(kernel, arch):
 def inputs(op, device="meta", *, dtype=torch.bfloat16, width=D, document=None, softcap=None, kind="layer", heads=False,
            interleaved=True):  # fmt: skip
     """
-    Arguments of op's autograd.Function, or of decode. document: length of packed documents (decode: rows are padded);
-    width: of a head; kind: of norm; heads: a norm for each head, with its own weight.
+    Arguments of op's autograd.Function, or of what decode and sample launch. document: length of packed documents
+    (decode: rows are padded; sample: the distribution is cut); width: of a head; kind: of norm; heads: a norm for each head, with its own weight.
     """
     torch.manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, device=device, dtype=dtype, requires_grad=op != "decode")  # noqa: E731
+    randn = lambda *shape: torch.randn(*shape, device=device, dtype=dtype, requires_grad=op not in ("decode", "sample"))  # noqa: E731
     if op == "swiglu":
         return randn(N, FFN), randn(N, FFN)
     if op == "rope":
@@ -106,18 +106,24 @@ def inputs(op, device="meta", *, dtype=torch.bfloat16, width=D, document=None, s
         return randn(N, *shape), randn(*shape), 1e-5, kind
     if op == "token_logps":  # one slice of the vocabulary
         return randn(N, C), randn(16_384, C), torch.randint(16_384, (N,), device=device), 2.0**-4, softcap
-    if op == "decode":  # slices of a cache, 64 rows
-        cache, first = randn(2, 64, 4096, HKV, width), torch.zeros((64, 1), dtype=torch.int32, device=device)
-        return randn(64, 1, H, width), *cache[:, :, :3001], first if document else None, softcap
+    if op == "decode":  # a cache, 64 rows
+        cache, ints = randn(2, 64, HKV, 4096, width).transpose(2, 3), partial(torch.full, (64,), dtype=torch.int32, device=device)
+        first, length = (ints(0), None) if document else (None, ints(3001))
+        return randn(64, 1, H, width), *cache, first, length, width**-0.5, softcap or 0.0
+    if op == "sample":  # fp32 logits of 64 rows
+        logits, u = torch.randn(64, 256_000, device=device), torch.rand(64, dtype=torch.float64, device=device)
+        return logits, u, 255_000, 1.0, *((0.9, 0.05) if document else (1.0, 0.0))
     doc_start = (torch.arange(N, dtype=torch.int32, device=device) // document * document)[None] if document else None
     q, k, v = (randn(1, N, n, width) for n in (H, HKV, HKV))
     return q, k, v, doc_start, None, softcap, width**-0.5
 
 
 def run(op, *args):
-    """The operation by its kernels, forward and backward (decode: forward). Returns outputs and gradients."""
+    """The operation by its kernels, forward and, in training, backward. Returns outputs and gradients."""
     if op == "decode":
-        return [file_of(op).decode(*args)]
+        return [file_of(op)._decode(*args)]
+    if op == "sample":
+        return list(file_of(op)._sample(*args))
     out = getattr(file_of(op), FUNCTIONS[op]).apply(*args)
     out = out if isinstance(out, tuple) else (out,)
     leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]

@@ -40,7 +40,8 @@ from .attention import attention
 from .decode import decode
 from .layernorm import layernorm, rmsnorm
 from .rope import rope
+from .sample import sample
 from .swiglu import swiglu
 from .token_logps import token_logps
 
-__all__ = ["attention", "decode", "layernorm", "rmsnorm", "rope", "swiglu", "token_logps"]
+__all__ = ["attention", "decode", "layernorm", "rmsnorm", "rope", "sample", "swiglu", "token_logps"]

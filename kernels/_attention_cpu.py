@@ -42,6 +42,24 @@ def dense(q, k, v, doc_start, window, softcap, scale):
     return out.to(q.dtype)
 
 
+def decode_cpu(q, k, v, first, length, softcap, scale):
+    """decode() in two batched matmuls; k and v laid out (B, Hkv, Tk, D) in memory are not copied."""
+    (B, _, H, D), (_, Tk, Hkv, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(acc).transpose(1, 2), v.to(acc).transpose(1, 2)
+    scores = torch.matmul(q.to(acc).view(B, Hkv, H // Hkv, D), k.transpose(2, 3)).mul_(scale)  # (B, Hkv, G, Tk)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    j = torch.arange(Tk, device=q.device)
+    unseen = j >= (Tk if length is None else length.view(B, 1))
+    if first is not None:
+        unseen = unseen | (j < first.view(B, 1))
+    unseen = unseen.view(-1, 1, 1, Tk)
+    probs = scores.masked_fill_(unseen, torch.finfo(acc).min).softmax(-1)
+    if first is not None or length is not None and not length.all():
+        probs = probs * ~unseen  # a row that sees nothing
+    return torch.matmul(probs, v).view(B, 1, H, D).to(q.dtype)
+
+
 class _Spread(torch.autograd.Function):
     """x.index_select(0, index). Copies that only fill up get no gradient, so its backward is a selection too, no sum."""
 

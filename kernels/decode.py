@@ -19,7 +19,8 @@ fp32 numbers a head. FLOPs: 4 H D T a row.
 import torch
 from torch import Tensor
 
-from ._triton import opaque, tl, triton
+from ._attention_cpu import decode_cpu
+from ._triton import opaque, tl, triton, use_triton
 
 PROGRAMS = 264  # wanted at once: two for each of an H100's 132 multiprocessors
 BLOCK_BYTES = 16384  # of a tile of keys: 64 keys of D = 128 in 16 bits
@@ -29,23 +30,23 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and the ha
 
 @triton.jit
 def _decode_run(
-    q_ptr, k_ptr, v_ptr, acc_ptr, top_ptr, total_ptr, first_ptr, Tk, stride_b, stride_t, run, scale,
-    G: tl.constexpr, D: tl.constexpr, HKV: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, acc_ptr, top_ptr, total_ptr, first_ptr, length_ptr, Tk, stride_b, stride_t, stride_h, scale,
+    G: tl.constexpr, D: tl.constexpr, HKV: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     b, h_kv = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
     first = tl.load(first_ptr + b) if HAS_FIRST else 0
-    begin, end = tl.program_id(1) * run, tl.minimum(tl.program_id(1) * run + run, Tk)
-    begin += tl.maximum(first - begin, 0) // BN * BN  # whole tiles that nothing sees are not read
+    end = tl.minimum(tl.load(length_ptr + b), Tk) if HAS_LENGTH else Tk
+    begin = (first // BN + tl.program_id(1)) * BN  # tiles that nothing sees are not read
     g, d = tl.arange(0, ROWS), tl.arange(0, D)[None, :]
     head = b * HKV * G + h_kv * G + g[:, None]  # this group's query heads; ROWS - G lines of the tile are idle
     q = tl.load(q_ptr + head * D + d, mask=g[:, None] < G, other=0.0)
     acc, total = tl.zeros((ROWS, D), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32)
     top = tl.full((ROWS,), -1e30, dtype=tl.float32)  # below any score, yet finite: else inf - inf before the first key
-    for j0 in range(begin, end, BN):
+    for j0 in range(begin, end, tl.num_programs(1) * BN):
         j = j0 + tl.arange(0, BN)
         sees = (j >= first) & (j < end)
-        at = b * stride_b + j[:, None].to(tl.int64) * stride_t + h_kv * D + d
+        at = b * stride_b + j[:, None].to(tl.int64) * stride_t + h_kv.to(tl.int64) * stride_h + d
         k = tl.load(k_ptr + at, mask=sees[:, None], other=0.0)  # what is not seen is not read: its NaN reaches nobody
         v = tl.load(v_ptr + at, mask=sees[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
@@ -76,32 +77,35 @@ def _decode_join(acc_ptr, top_ptr, total_ptr, out_ptr, runs, D: tl.constexpr, RU
 
 
 @opaque(lambda q, *_: q.new_empty(q.shape))
-def _decode(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, length: Tensor | None, scale: float, softcap: float
+) -> Tensor:
     (B, _, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
     q, out = q.contiguous(), q.new_empty(q.shape)
-    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):
+    if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
     BN = max(16, BLOCK_BYTES // (D * k.element_size()))
-    tiles = triton.cdiv(Tk, BN)
-    runs = min(tiles, triton.cdiv(PROGRAMS, B * Hkv))
-    run = triton.cdiv(tiles, runs) * BN
-    runs = triton.cdiv(Tk, run)  # the last ones may have become empty
+    runs = min(triton.cdiv(Tk, BN), triton.cdiv(PROGRAMS, B * Hkv))
     acc = torch.empty((B, H, runs, D), dtype=torch.float32, device=q.device)
     top, total = (torch.empty((B, H, runs), dtype=torch.float32, device=q.device) for _ in range(2))
     _decode_run[(B * Hkv, runs)](
-        q, k, v, acc, top, total, first, Tk, k.stride(0), k.stride(1), run, scale, G=H // Hkv, D=D, HKV=Hkv,
-        HAS_FIRST=first is not None, SOFTCAP=softcap, ROWS=max(16, triton.next_power_of_2(H // Hkv)), BN=BN,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        q, k, v, acc, top, total, first, length, Tk, k.stride(0), k.stride(1), k.stride(2), scale, G=H // Hkv, D=D, HKV=Hkv,
+        HAS_FIRST=first is not None, HAS_LENGTH=length is not None, SOFTCAP=softcap,
+        ROWS=max(16, triton.next_power_of_2(H // Hkv)), BN=BN, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     _decode_join[(B * H,)](acc, top, total, out, runs, D=D, RUNS=triton.next_power_of_2(runs), num_warps=NUM_WARPS)
     return out
 
 
-def decode(q, k, v, first=None, softcap=None, scale=None):
-    """Attention of the last position's query over all keys; attention() calls it where Tq is 1 and nothing is recorded.
+def decode(q, k, v, first=None, softcap=None, scale=None, length=None):
+    """Attention of each row's newest query over the keys of its row; nothing is recorded for a gradient.
 
-    q: (B, 1, H, D); k, v: (B, Tk, Hkv, D), any stride between rows and between positions (slices of a cache); first:
-    (B,) or (B, 1) int32, the first key that each row sees, or None for key 0. Returns (B, 1, H, D). A row that sees no key gets
-    zeros. On CUDA only: its definition is attention_reference in attention.py.
+    q: (B, 1, H, D); k, v: (B, Tk, Hkv, D), any stride between rows, positions and heads (slices of a cache); first: (B,)
+    or (B, 1) int32, the first key that each row sees, or None for key 0; length: (B,) int32, how many of the Tk
+    positions are filled, or None for all: what lies behind them is not read. Returns (B, 1, H, D); a row that sees no key
+    gets zeros; the definition of a row is attention_reference in attention.py. In a ring, where position p lies at p % Tk, keys stand in any order, which attention does not mind.
     """
-    return _decode(q, k, v, first, q.shape[3] ** -0.5 if scale is None else scale, softcap or 0.0)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if use_triton(q):
+        return _decode(q, k, v, first, length, scale, softcap or 0.0)
+    return decode_cpu(q, k, v, first, length, softcap, scale)

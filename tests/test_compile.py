@@ -50,6 +50,8 @@ def compile_part(part):
         compile_case(op)
     compile_case("decode", "cache")
     compile_case("decode", "padded", document=1024)
+    compile_case("sample", "whole")
+    compile_case("sample", "cut", document=1024)
     if part == "sm_80":
         return compile_case("attention", "packed", document=1024)
     compile_case("layernorm", "rms", kind="rms")

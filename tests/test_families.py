@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import tiny
+from cache import KVCache
 import model as model_file
 from checkpoint import Checkpoint
 from config import Config
 from generate import generate
-from model import KVCache, Transformer, load, save
+from model import Transformer, load, save
 from reward import load_reward_model
 
 HERE = Path(__file__).resolve().parent / "fixtures" / "families"
@@ -71,8 +72,12 @@ def test_padded_packed_and_cached_rows_equal_single_rows(name):
     starts = torch.tensor([[0] * 19 + [19] * 7 + [26] * 12], dtype=torch.int32)
     packed = model(torch.tensor([sum(rows, [])]), doc_start=starts)[0].split([19, 7, 12])
     cache = KVCache(model.cfg, 1, 19, torch.float64, "cpu")
+    cache.begin_fill([8], [[0]])
     parts = [model.hidden(torch.tensor([a[:8]]), cache=cache)]
-    parts += [model.hidden(torch.tensor([[t]]), cache=cache) for t in a[8:]]
+    for t in a[8:]:
+        cache.begin_step(1)
+        parts.append(model.hidden(torch.tensor([[t]]), cache=cache))
+        cache.length += 1
     for row, single, pad, pack in zip(rows, alone, padded, packed):
         assert torch.allclose(pad[:len(row)], single, atol=1e-9) and torch.allclose(pack, single, atol=1e-9)
     assert torch.allclose(model.logits(torch.cat(parts, 1))[0], alone[0], atol=1e-9)

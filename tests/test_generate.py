@@ -19,9 +19,11 @@ import torch
 import generate as generate_file
 import tiny
 from chat import Chat
-from generate import Config, complete, draw, generate, main, pieces, stream, talk, uniforms
+from generate import Config, Stop, complete, generate, key_of, main, pieces, stream, talk
+from kernels import sample
 from model import Config as ModelConfig
 from model import Transformer, load
+from sampler import uniforms
 
 cpu = tiny.cpu
 V = 60
@@ -64,9 +66,9 @@ def splitmix(seed, prompt, sample, position):
 
 
 def grid(n=12):
-    """uniforms() of n seeds x n prompts x n samples x n positions: (n, n, n, n), seed first."""
-    prompts, samples = np.repeat(np.arange(n), n), np.tile(np.arange(n), n)
-    return np.array([[uniforms(seed, prompts, samples, position) for position in range(n)] for seed in range(n)])
+    """uniforms() of n seeds x n positions x n prompts x n samples: (n, n, n * n), seed first."""
+    prompts, samples = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
+    return np.array([[uniforms(seed, prompts, samples, position).numpy() for position in range(n)] for seed in range(n)])
 
 
 def test_uniforms_are_splitmix64():
@@ -74,6 +76,8 @@ def test_uniforms_are_splitmix64():
         pairs = ((0, 0), (0, 1), (5, 2), (10**6, 63))
         expected = [splitmix(seed, prompt, sample, position) for prompt, sample in pairs]
         assert uniforms(seed, [0, 0, 5, 10**6], [0, 1, 2, 63], position).tolist() == expected
+    negative = uniforms(1, [-5], [0], torch.tensor([3])).item()  # ids are named by 64 bits, of which one is the sign
+    assert negative == splitmix(1, 2**64 - 5, 0, 3)
 
 
 def test_uniforms_are_distinct_and_uniform():
@@ -107,19 +111,23 @@ def limit(df):
 def test_inverse_transform_by_hand():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(7, 3)
     u = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.99, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, 1.0, 1.0, u).tolist() == [0, 0, 1, 1, 2, 2, 2]
-    assert draw(logits, 0.0, 1.0, None).tolist() == [1] * 7
+    draw = lambda *settings: sample(logits, u, 3, *settings)[0].tolist()
+    assert draw(1.0) == [0, 0, 1, 1, 2, 2, 2]
+    assert draw(0.0) == [1] * 7
     # top_p 0.6 keeps 0.5 and 0.3 (0.5 alone is too little); the bound between them is 0.5 / 0.8
-    assert draw(logits, 1.0, 0.6, u).tolist() == [1, 1, 1, 2, 2, 2, 2]
-    assert draw(logits, 1.0, 0.49, u).tolist() == [1] * 7  # the likeliest token alone
+    assert draw(1.0, 0.6) == [1, 1, 1, 2, 2, 2, 2]
+    assert draw(1.0, 0.49) == [1] * 7  # the likeliest token alone
+    # min_p 0.5 drops what is less than half as likely as 0.5; with top_p, what either drops
+    assert draw(1.0, 1.0, 0.5) == [1, 1, 1, 2, 2, 2, 2]
+    assert draw(1.0, 1.0, 0.7) == [1] * 7 and draw(1.0, 0.6, 0.7) == [1] * 7 and draw(1.0, 0.9, 0.3) == [0, 0, 1, 1, 2, 2, 2]
     # temperature 0.5 squares the odds: 4, 25, 9 of 38
     u = torch.tensor([0.105, 0.106, 0.763, 0.764, 0.9, 0.9, 0.9])
-    assert draw(logits, 0.5, 1.0, u).tolist() == [0, 1, 1, 2, 2, 2, 2]
+    assert draw(0.5) == [0, 1, 1, 2, 2, 2, 2]
 
 
 def test_tokens_that_cannot_occur_are_never_drawn():
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, -torch.inf]]).expand(2000, 5)
-    found = draw(logits, 1.0, 1.0, torch.from_numpy(np.linspace(0, 1, 2000, endpoint=False)))
+    found, _ = sample(logits, torch.from_numpy(np.linspace(0, 1, 2000, endpoint=False)), 5, 1.0)
     assert found.unique().tolist() == [1, 3] and found[0] == 1
 
 
@@ -261,7 +269,8 @@ def test_command_line(folder):
 
     chat, model = Chat(folder / "model"), load(folder / "model")
     prompts = [chat.prompt_ids(r["prompt"]) for r in tiny.read(folder / "prompts.jsonl")]
-    drawn = generate(model, prompts, 30, 1.5, samples=3, stop_ids={chat.end}, seed=4, vocab_size=chat.vocab_size)
+    drawn = generate(model, prompts, 30, 1.5, samples=3, stop_ids={chat.end}, seed=4, vocab_size=chat.vocab_size,
+                     prompt_keys=[key_of(f"q{i}") for i in range(5)])
     expected = [(chat.decode(ids), ids[-1] == chat.end) for row in drawn for ids in row]
     assert [(r["completion"], r["ended"]) for r in rows] == expected
     assert not any(token in r["completion"] for r in rows for token in ("<|", "<PAD>", "<BOS_TOKEN>"))

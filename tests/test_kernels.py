@@ -300,7 +300,9 @@ def decode_case(file, path, **sizes):
 
     def function(q, k, v):
         seen = None if first is None else first[:, 0].to(q.device)
-        return file.decode(q, k, v, seen, options["softcap"], options["scale"])
+        if path == "cpu":
+            return file.decode(q, k, v, seen, options["softcap"], options["scale"])
+        return file._decode(q, k, v, seen, None, options["scale"] or q.shape[3] ** -0.5, options["softcap"] or 0.0)
 
     return function, definition, plain, inputs
 
@@ -314,14 +316,47 @@ def check_decode(case, dtype, device):
     assert (ours - true).abs().max() <= 2 * (eager - true).abs().max() + STEP[dtype] * largest
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", DECODE)
-def test_decode(triton_device, small_tiles, dtype, name):
-    check_decode(decode_case(small_tiles("decode", module("decode")), "triton", **DECODE[name]), dtype, triton_device)
+def test_decode(triton_device, small_tiles, path, dtype, name):
+    case = decode_case(small_tiles("decode", module("decode")), path, **DECODE[name])
+    check_decode(case, dtype, triton_device if path == "triton" else "cpu")
+
+
+def lengths_case(file, path, Tk=70, H=6, Hkv=2, D=16, softcap=None):
+    """Rows of a cache (B, Hkv, Tk, D) that are filled to different lengths: NaN behind them on a GPU, 0 on a CPU."""
+    length = torch.tensor([Tk, 1, 33, 0, 17])
+    q, k, v = (2 * randn(5, *shape, seed=s) for s, shape in enumerate(((1, H, D), (Hkv, Tk, D), (Hkv, Tk, D))))
+    for b, n in enumerate(length):
+        k[b, :, n:], v[b, :, n:] = (0.0, 0.0) if path == "cpu" else (float("nan"), float("nan"))
+
+    def function(q, k, v):
+        k, v, n = k.transpose(1, 2), v.transpose(1, 2), length.int().to(q.device)
+        if path == "cpu":
+            return file.decode(q, k, v, softcap=softcap, length=n)
+        return file._decode(q, k, v, None, n, D**-0.5, softcap or 0.0)
+
+    def by_row(attend):
+        return lambda q, k, v: torch.cat([
+            attend(q[b : b + 1], *(x[b : b + 1, :, :n].transpose(1, 2) for x in (k, v))) if n else torch.zeros_like(q[:1])
+            for b, n in enumerate(length.tolist())])  # fmt: skip
+
+    reference = lambda q, k, v: module("attention").attention_reference(q, k, v, softcap=softcap)  # noqa: E731
+    return function, by_row(reference), by_row(reference), [q, k, v]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [{}, dict(Tk=64, H=4, Hkv=4, D=32), dict(softcap=2.0)])
+def test_decode_of_rows_filled_to_different_lengths(triton_device, small_tiles, path, dtype, sizes):
+    case = lengths_case(small_tiles("decode", module("decode")), path, **sizes)
+    check_decode(case, dtype, triton_device if path == "triton" else "cpu")
 
 
 def test_decode_reads_a_slice_of_a_cache_and_nothing_it_does_not_see(triton_device, small_tiles):
-    decode, nan = small_tiles("decode", module("decode")).decode, float("nan")
+    file, nan = small_tiles("decode", module("decode")), float("nan")
+    decode = lambda q, k, v, first: file._decode(q, k, v, first, None, 0.25, 0.0)  # noqa: E731
     cache = [torch.full((2, 50, 2, 16), nan, device=triton_device) for _ in range(2)]
     q, k, v = (randn(2, t, h, 16, seed=s).float().to(triton_device) for t, h, s in ((1, 4, 0), (23, 2, 1), (23, 2, 2)))
     for kept, x in zip(cache, (k, v)):
@@ -534,12 +569,15 @@ MUTANTS = [
     ("attention", "dk not scaled", "dk * scale, TMA", "dk, TMA", {}),
     ("attention", "dk, dv of one head of the group", "for g in range(G):", "for g in range(1):", {}),
     ("decode", "runs not weighted", "weight = tl.exp2(top - tl.max(top, 0))", "weight = tl.exp2(top - top)", {}),
-    ("decode", "the last key lost", "(j < end)", "(j < end - 1)", {}),
+    ("decode", "the last key lost", "(j < end)", "(j < end - 1)", dict(Tk=5)),
     ("decode", "before the document", "(j >= first) & ", "", dict(docs=((50, 20),))),
+    ("decode", "lengths passed over", "tl.minimum(tl.load(length_ptr + b), Tk) if HAS_LENGTH else Tk", "Tk", dict(lengths=True)),
+    ("decode", "one key more than there is", "tl.load(length_ptr + b)", "tl.load(length_ptr + b) + 1", dict(lengths=True)),
+    ("decode", "heads as in a cache of whole tokens", "h_kv.to(tl.int64) * stride_h", "h_kv.to(tl.int64) * D", dict(lengths=True)),
     ("decode", "a group's heads mixed", "h_kv * G + g[:, None]", "h_kv + g[:, None] * HKV", dict(H=4, Hkv=2)),
     ("decode", "no rescaling when the maximum grows", "acc * rescale[:, None]", "acc", {}),
-    ("decode", "tiles passed over in every run", "tl.maximum(first - begin, 0) // BN * BN", "first // BN * BN",
-     dict(docs=((40, 30),))),
+    ("decode", "tiles done by nobody", "tl.num_programs(1) * BN", "tl.num_programs(1) * BN * 2", {}),
+    ("decode", "tiles done by two", "tl.num_programs(1) * BN", "BN", {}),
     ("decode", "strides of a contiguous cache", "j[:, None].to(tl.int64) * stride_t", "j[:, None] * D", dict(Hkv=2, H=4)),
     ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
     ("token_logps", "slices not joined", "tl.exp(lse - high) + ", "", {}),
@@ -556,6 +594,8 @@ MUTANTS = [
 
 
 def check_op(op, file, sizes, device):
+    if op == "decode" and sizes.get("lengths"):
+        return check_decode(lengths_case(file, "triton"), torch.float32, device)
     if op == "decode":
         return check_decode(decode_case(file, "triton", **dict(Tk=70) | sizes), torch.float32, device)
     return check(*OPS[op](file, "triton", **sizes), torch.float32, device)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import model as model_file
 import tiny
+from cache import KVCache
 from generate import generate
-from model import Config, KVCache, LayerNorm, Transformer, load, save
+from model import Config, LayerNorm, Transformer, load, save
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = ("cohere_mha", "cohere_gqa")
@@ -181,31 +182,42 @@ def test_packed_rows_equal_single_rows(gqa):
     assert torch.allclose(logps, gqa.token_logps(torch.tensor(ROWS[2:]), mask[:, :8])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_left_padded_with_cache_equals_forward(gqa, step):
-    """Prefill of all but the last three tokens, then the rest `step` at a time."""
-    T = max(map(len, ROWS))
-    ids, doc_start = torch.zeros((3, T), dtype=torch.int64), torch.zeros((3, T), dtype=torch.int32)
-    for r, row in enumerate(ROWS):
-        ids[r, T - len(row):], doc_start[r, T - len(row):] = torch.tensor(row), T - len(row)
-    cache = KVCache(gqa.cfg, 3, T, torch.float32, "cpu")
-    parts = [gqa.hidden(ids[:, :T - 3], doc_start=doc_start, cache=cache)]
-    for t in range(T - 3, T, step):
-        parts.append(gqa.hidden(ids[:, t:t + step], doc_start=doc_start, cache=cache))
-    assert cache.length == T
-    for row, logits in zip(ROWS, gqa.logits(torch.cat(parts, 1))):
-        assert torch.allclose(logits[T - len(row):], alone(gqa, row), atol=1e-5)
+def step(model, cache, tokens):
+    """One token more in the first slots -> logits (n, V)."""
+    cache.begin_step(len(tokens))
+    logits = model.logits(model.hidden(torch.tensor(tokens)[:, None], cache=cache)[:, 0])
+    cache.length[:len(tokens)] += 1
+    return logits
 
 
-def test_cache_rows_can_be_repeated_and_dropped(gqa):
-    ids = torch.tensor([[5, 9, 30, 12], [5, 40, 11, 7]])
-    cache = KVCache(gqa.cfg, 2, 6, torch.float32, "cpu")
-    gqa.hidden(ids, cache=cache)
-    cache.take(torch.tensor([1, 0, 1]))
-    gqa.hidden(torch.tensor([[8], [9], [10]]), cache=cache)
-    cache.take(torch.tensor([2]))
-    found = gqa.logits(gqa.hidden(torch.tensor([[11]]), cache=cache))[0, -1]
-    assert torch.allclose(found, alone(gqa, [5, 40, 11, 7, 10, 11])[-1], atol=1e-5)
+def test_packed_prompts_then_single_tokens_equal_forward(gqa):
+    """All but the last three tokens of each row are read together, in slots 2, 0 and 1; the rest one at a time."""
+    cache, slots = KVCache(gqa.cfg, 4, max(map(len, ROWS)), torch.float32, "cpu"), [2, 0, 1]
+    lengths = [max(1, len(row) - 3) for row in ROWS]
+    ids = sum((row[:n] for row, n in zip(ROWS, lengths)), [])
+    doc_start = torch.tensor([0, lengths[0], sum(lengths[:2])], dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    cache.begin_fill(lengths, [[slot] for slot in slots])
+    packed = gqa.logits(gqa.hidden(torch.tensor([ids]), doc_start=doc_start[None], cache=cache))[0].split(lengths)
+    expected = [alone(gqa, row) for row in ROWS]
+    for found, row, n in zip(packed, expected, lengths):
+        assert torch.allclose(found, row[:n], atol=1e-5)
+    assert cache.length.tolist() == [lengths[slots.index(slot)] for slot in range(3)] + [0]
+    for _ in range(3):
+        at = [cache.length[slot].item() for slot in range(3)]
+        logits = step(gqa, cache, [ROWS[slots.index(slot)][min(n, len(ROWS[slots.index(slot)]) - 1)] for slot, n in enumerate(at)])
+        for slot, n in enumerate(at):
+            row = expected[slots.index(slot)]
+            assert n >= len(row) or torch.allclose(logits[slot], row[n], atol=1e-5)
+
+
+def test_samples_share_a_prompt(gqa):
+    cache = KVCache(gqa.cfg, 3, 8, torch.float32, "cpu")
+    cache.begin_fill([4], [[2, 0, 1]])
+    gqa.hidden(torch.tensor([[5, 40, 11, 7]]), cache=cache)
+    found = step(gqa, cache, [8, 9, 10])
+    for slot, token in enumerate((8, 9, 10)):
+        assert torch.allclose(found[slot], alone(gqa, [5, 40, 11, 7, token])[-1], atol=1e-5)
+    assert torch.allclose(step(gqa, cache, [3])[0], alone(gqa, [5, 40, 11, 7, 8, 3])[-1], atol=1e-5)
 
 
 def test_positions_are_relative(gqa):

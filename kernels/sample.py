@@ -1,0 +1,138 @@
+"""
+One token a row from fp32 logits, and its log-probability: temperature, min-p, top-p and the draw, in one launch.
+
+    w_v = exp((z_v - max z) / T)        of the words v < vocab      (T -> 0: the likeliest word, no draw)
+    kept: w_v >= min_p                                              min-p, Nguyen et al. 2024, arXiv 2407.01082
+    kept: w_v >= t, t the largest with sum(w_v >= t) >= top_p sum(w)   top-p (nucleus), Holtzman et al. 2020, arXiv 1904.09751
+    token: the first v whose running sum of kept w passes u * the sum of all kept     inverse transform, u uniform in [0, 1)
+    logp:  z_token - log sum exp z       of the model itself: all words, temperature 1, nothing cut
+
+Words as likely as the least likely one that top-p keeps are kept too: a tie is no reason to prefer small ids. To sort
+256,000 words a row, as samplers commonly do, costs more than a layer; here the threshold t is searched for instead. A
+positive fp32 number and its bits, read as an integer, are in the same order, so each pass over a row settles four more
+bits of t: the mass above 15 thresholds at once, and the largest that still holds top_p stays.
+
+Memory traffic: 3 reads of the logits without top-p, 11 with it (a row of 256,000 is 1 MB: it stays in the L2 cache).
+"""
+
+import torch
+from torch import Tensor
+
+from ._triton import opaque, tl, triton, use_triton
+
+BLOCK = 4096  # words a program handles in one go
+SEARCH = 1024  # likewise while it searches: 16 sums at a time
+NUM_WARPS = 8
+
+
+def sample_reference(logits, u, vocab, temperature, top_p, min_p):
+    """The definition. logits (n, V), u (n,) in [0, 1) -> ids (n,) int64 and their log-probabilities (n,) fp32."""
+    logits = logits.float()
+    allowed = logits[:, :vocab]
+    if temperature == 0:
+        token = allowed.argmax(-1)
+    else:
+        w = ((allowed - allowed.amax(-1, keepdim=True)) / temperature).exp()
+        if top_p < 1 or min_p > 0:
+            ranked = w.sort(-1, descending=True).values
+            mass = ranked.double().cumsum(-1)
+            last = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True)  # so many are too few
+            least = ranked.gather(1, last.clamp(max=w.shape[1] - 1)).clamp(min=min_p)
+            w = torch.where(w >= least, w, 0.0)
+        total = w.double().cumsum(-1)
+        token = torch.searchsorted(total, u[:, None].to(total) * total[:, -1:], right=True).squeeze(1)
+        token = token.clamp(max=vocab - 1)
+    return token, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+
+@triton.jit
+def _weights(z_ptr, v0, top, V, scale, BLOCK: tl.constexpr):
+    """exp((z - top) * scale) of words v0 .. v0 + BLOCK; 0 past V."""
+    v = v0 + tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + v, mask=v < V, other=-float("inf"))
+    return v, tl.exp((z - top) * scale)
+
+
+@triton.jit
+def _sample_kernel(
+    z_ptr, u_ptr, token_ptr, logp_ptr, V, vocab, scale, top_p, min_p, GREEDY: tl.constexpr, TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    z_ptr += row.to(tl.int64) * V
+    # 1) the largest logit of the words that may be drawn, its first place; log sum exp of all words, and the sum of w
+    best, token, top, total, mass = -float("inf"), 0, -float("inf"), 0.0, 0.0
+    for v0 in range(0, V, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + v, mask=v < V, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        top = new_top
+        z = tl.where(v < vocab, z, -float("inf"))
+        here = tl.max(z, 0)
+        token = tl.where(here > best, v0 + tl.argmax(z, 0), token)
+        new_best = tl.maximum(best, here)
+        mass = mass * tl.exp((best - new_best) * scale) + tl.sum(tl.exp((z - new_best) * scale), 0)
+        best = new_best
+    if not GREEDY:
+        # 2) the least weight that is kept: its bits, four at a time from the highest on
+        least = min_p
+        if TOP_P:
+            bits = 0
+            for step in tl.static_range(8):
+                candidate = bits + (tl.arange(0, 16) << (28 - 4 * step))
+                threshold = candidate.to(tl.float32, bitcast=True)
+                above = tl.zeros((16,), dtype=tl.float32)
+                for v0 in range(0, vocab, SEARCH):
+                    v, w = _weights(z_ptr, v0, best, vocab, scale, SEARCH)
+                    above += tl.sum(tl.where(w[None, :] >= threshold[:, None], w[None, :], 0.0), 1)
+                # weights are at most 1, whose bits are 0x3F800000: beyond, there are no numbers to compare with
+                good = (above >= top_p * mass) & (candidate >= bits) & (candidate <= 0x3F800000)
+                bits = tl.max(tl.where(good, candidate, bits), 0)
+            least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
+        # 3) the sum of what is kept, then the first word whose running sum passes u of it
+        kept = 0.0
+        for v0 in range(0, vocab, BLOCK):
+            v, w = _weights(z_ptr, v0, best, vocab, scale, BLOCK)
+            kept += tl.sum(tl.where((w >= least) & (w > 0.0), w, 0.0), 0)
+        target, before, found, last = (tl.load(u_ptr + row) * kept).to(tl.float32), 0.0, V, 0
+        for v0 in range(0, vocab, BLOCK):
+            v, w = _weights(z_ptr, v0, best, vocab, scale, BLOCK)
+            keep = (w >= least) & (w > 0.0)
+            w = tl.where(keep, w, 0.0)
+            here = tl.sum(w, 0)
+            if (found == V) & (before + here > target):
+                passed = (before + tl.cumsum(w, 0) > target) & keep
+                found = tl.min(tl.where(passed, v, V), 0)
+            last = tl.maximum(last, tl.max(tl.where(keep, v, 0), 0))
+            before += here
+        token = tl.where(found < V, found, last)  # rounding may leave u's share just out of reach
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(logp_ptr + row, tl.load(z_ptr + token) - (top + tl.log(total)))
+
+
+def _outputs(logits):
+    return (torch.empty(len(logits), dtype=torch.int64, device=logits.device),
+            torch.empty(len(logits), dtype=torch.float32, device=logits.device))
+
+
+@opaque(lambda logits, *_: _outputs(logits))
+def _sample(
+    logits: Tensor, u: Tensor, vocab: int, temperature: float, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor]:
+    token, logp = _outputs(logits)
+    _sample_kernel[(len(logits),)](
+        logits, u, token, logp, logits.shape[1], vocab, 1.0 / (temperature or 1.0), top_p, min_p,
+        GREEDY=temperature == 0, TOP_P=top_p < 1, BLOCK=BLOCK, SEARCH=SEARCH, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return token, logp
+
+
+def sample(logits, u, vocab, temperature=0.0, top_p=1.0, min_p=0.0):
+    """
+    One word a row. logits (n, V); u (n,) fp64 in [0, 1), not read at temperature 0; ids from `vocab` on are never drawn.
+    Returns ids (n,) int64 and log p of the whole distribution, (n,) fp32. Nothing is recorded for a gradient.
+    """
+    if use_triton(logits):
+        return _sample(logits.float().contiguous(), u, vocab, temperature, top_p, min_p)
+    return sample_reference(logits, u, vocab, temperature, top_p, min_p)
