@@ -26,12 +26,14 @@ import arbitrage
 import asking
 import endpoint
 import generate
+import reward
 import tiny
+import train_dpo
 from asking import Ask, answers, complete, draw_seed, journal_of
+from chat import Chat
 from common import atomic_dir
 from endpoint import Answer, Endpoint, retry_after
 from reward import load_reward_model, new_reward_model, score, write_reward_model
-from chat import Chat
 
 cpu = tiny.cpu
 SECRET = "sk-3f/8a+Q"
@@ -736,3 +738,24 @@ def test_a_pool_with_an_endpoint(tmp_path, waits):
     pairs = [(r["prompt"], r["completion"]) for r in rows]
     rewards = score(load_reward_model(tmp_path / "rm"), Chat(tmp_path / "rm"), pairs)
     assert [r["reward"] for r in rows] == pytest.approx(rewards, abs=1e-3)
+
+
+def test_a_round_of_online_dpo_through_a_server(tmp_path):
+    """README's loop: samples of a server, their rewards, best against worst, and a step of DPO on those pairs."""
+    tiny.make_checkpoint(tmp_path / "north", 0)
+    with atomic_dir(tmp_path / "rm") as folder:
+        write_reward_model(folder, new_reward_model(tmp_path / "north"), tmp_path / "north")
+    answered = lambda handler, payload, times: handler.send(200, whole(payload, f"{payload['seed'] % 97} cent"))
+    with serving(answered) as server:
+        samples = main(server, tmp_path, samples=8, temperature=0.8)
+    scored, pairs = str(tmp_path / "scored.jsonl"), tmp_path / "pairs" / "pairs.jsonl"
+    reward.main(reward.Config(model=str(tmp_path / "rm"), rows=str(tmp_path / "deep" / "out.jsonl"), out=scored))
+    arbitrage.main(arbitrage.Config(completions=scored, out=str(tmp_path / "pairs")))
+    rewards = {(r["id"], r["completion"]): r["reward"] for r in read(tmp_path / "scored.jsonl")}
+    assert len(rewards) > 24 and len(samples) == 40 and [r["id"] for r in read(pairs)] == list("abcd")
+    for r in read(pairs):
+        of_prompt = [x for (i, _), x in rewards.items() if i == r["id"]]
+        assert (rewards[r["id"], r["chosen"]], rewards[r["id"], r["rejected"]]) == (max(of_prompt), min(of_prompt))
+    train_dpo.main(train_dpo.Config(model=str(tmp_path / "north"), pairs=[str(pairs)], out=str(tmp_path / "dpo"),
+                                    max_steps=1, batch_size=4))
+    assert (tmp_path / "dpo" / "model.safetensors").exists()
