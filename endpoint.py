@@ -171,7 +171,8 @@ class Connection:
         except UnicodeEncodeError as e:
             raise Failure("the answer holds half of a character", again=True) from e
         if self.endpoint.secret and self.endpoint.secret in text:
-            raise Failure(f"the answer repeats the key ({KEY}), which is written nowhere", again=False)
+            raise Failure(f"the answer repeats the key, which is written nowhere (unset {KEY} if none is needed)",
+                          again=False)
         usage = usage if isinstance(usage, dict) else {}
         counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
         return Answer(text, finish == "stop", *(n if type(n) is int and n >= 0 else None for n in counts))
