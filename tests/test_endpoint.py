@@ -326,7 +326,8 @@ def test_once_wrong_then_fine(name, tmp_path, waits, monkeypatch, capsys):
     monkeypatch.setattr(endpoint, "MOST_BYTES", 50_000)
     behave = lambda handler, payload, times: handler.fine(payload, 1) if times else wrong(handler, payload)
     with serving(behave) as server:
-        found = answers(Endpoint(server.url), asks(2), tmp_path / "j", threads=1, timeout=0.3)
+        timeout = 0.3 if wrong in (silence, trickle) else 30
+        found = answers(Endpoint(server.url), asks(2), tmp_path / "j", threads=1, timeout=timeout)
     assert found == [expected(a) for a in asks(2)] and set(server.count.values()) == {2}
     assert len(waits) == 2 and all(0 <= w <= 1 for w in waits)
     shown = capsys.readouterr().err
@@ -682,7 +683,7 @@ def test_killed_interrupted_and_run_again(tmp_path):
     def behave(handler, payload, times):
         if len(handler.server.seen) > silent_after[0]:
             asleep.set()
-            time.sleep(20)
+            time.sleep(30)
         time.sleep(0.01)
         handler.fine(payload, times)
     words = ["--prompts", tmp_path / "prompts.jsonl", "--out", out, "--samples", "2", "--temperature", "0.8",
@@ -712,8 +713,8 @@ def test_killed_interrupted_and_run_again(tmp_path):
         time.sleep(0.1)
         begin = time.time()
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=10)
-        assert time.time() - begin < 3 and process.returncode == 1 and "Traceback" not in shown
+        _, shown = process.communicate(timeout=60)
+        assert time.time() - begin < 15 and process.returncode == 1 and "Traceback" not in shown
         second = kept()
         assert second[:len(first)] == first and len(second) == len(first) + 30
         assert f"error: stopped; {len(second)} of 120 answers are kept in {journal}" in shown
