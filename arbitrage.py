@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import asking
 import common
 from chat import Chat
 from common import die, parse_config, print0
@@ -36,8 +37,8 @@ ROUTERS = ("reward", "fixed", "single", "random")
 @dataclass
 class Config:
     prompts: str = "out/mini/data/arbitrage.jsonl"  # rows with id, language, prompt
-    teachers: list[str] = field(default_factory=lambda: [f"out/mini/teacher-{c}" for c in
-                                                         ("western", "eastern", "mideast", "asian")])  # the pool
+    teachers: list[str] = field(default_factory=lambda: [f"out/mini/teacher-{c}" for c in (
+        "western", "eastern", "mideast", "asian")])  # the pool: folders, or http(s)://host:port/v1#model (asking.py)
     reward_model: str = "out/mini/rm"  # the Arbiter
     completions: str = ""  # route these completions, sampled and scored before, instead of asking the teachers
     router: str = "reward"  # reward, fixed, single or random
@@ -54,11 +55,14 @@ def ask(cfg, rows, device):
     """Every teacher answers every prompt, one teacher in memory at a time: -> completion rows with rewards."""
     done = []
     for teacher in cfg.teachers:
-        begin, chat = time.time(), Chat(teacher)
-        model = load(teacher, device=device)
-        done += complete(model, chat, rows, cfg.max_new_tokens, cfg.temperature, samples=cfg.samples, seed=cfg.seed,
-                         teacher=Path(teacher).name)
-        print0(f"{Path(teacher).name}: {len(rows) * cfg.samples} completions in {time.time() - begin:.1f} s")
+        begin, name = time.time(), teacher.partition("#")[2] if "://" in teacher else Path(teacher).name
+        if "://" in teacher:
+            done += asking.complete(teacher, rows, asking.journal_of(cfg.out), cfg.max_new_tokens, cfg.temperature,
+                                    samples=cfg.samples, seed=cfg.seed)
+        else:
+            done += complete(load(teacher, device=device), Chat(teacher), rows, cfg.max_new_tokens, cfg.temperature,
+                             samples=cfg.samples, seed=cfg.seed, teacher=name)
+        print0(f"{name}: {len(rows) * cfg.samples} completions in {time.time() - begin:.1f} s")
     begin = time.time()
     model, chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
     rewards = score(model, chat, [(r["prompt"], r["completion"]) for r in done])
@@ -146,6 +150,8 @@ def main(cfg):
             write_rows(folder / "sft.jsonl", [{k: r[k] for k in fields} for r in chosen])
             write_rows(folder / "pairs.jsonl", pairs)
             (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    if common.is_main() and not cfg.completions:
+        asking.journal_of(cfg.out).unlink(missing_ok=True)  # not before the folder is whole
     print0(f"router {cfg.router}: {len(chosen)} of {len(groups)} prompts routed, {len(pairs)} pairs, "
            f"{report['unusable']} of {len(completions)} completions cut off or empty -> {cfg.out}")
     for router, mean in report["router_mean_reward"].items():

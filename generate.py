@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import common
+from asking import complete_file
 from chat import Chat
 from common import die, init_distributed, parse_config, print0
 from data import read_rows, write_rows
@@ -35,7 +36,7 @@ PREFILL = 8192  # tokens of prompts that are read in one pass
 
 @dataclass
 class Config:
-    model: str = "out/mini/final"  # checkpoint folder
+    model: str = "out/mini/final"  # checkpoint folder, or http(s)://host:port/v1#model (asking.py)
     prompts: str | None = None  # file of rows with id, language, prompt; without it: a chat in the terminal
     languages: list[str] = field(default_factory=list)  # answer only prompts in these languages (default: all)
     out: str = "out/mini/completions.jsonl"  # one row a completion: id, language, prompt, completion, teacher, sample
@@ -47,6 +48,9 @@ class Config:
     samples: int = 1  # completions per prompt
     seed: int = 0  # of the draws
     batch_size: int = 256  # rows in flight
+    threads: int = 16  # endpoint: requests at once
+    timeout: float = 600.0  # endpoint: seconds for a response
+    retries: int = 6  # endpoint: further tries of a request that failed, after longer and longer waits
 
 
 class Stop:
@@ -248,7 +252,7 @@ def talk(model, chat, cfg):
 
 def main(cfg):
     if "://" in cfg.model:
-        die("endpoints (URL#name) are not supported yet; give a checkpoint folder")
+        return complete_file(cfg)
     device = init_distributed()
     if cfg.prompts is None:
         if common.world() > 1:

@@ -112,7 +112,7 @@ def inputs(op, device="meta", *, dtype=torch.bfloat16, width=D, document=None, s
         return randn(64, 1, H, width), *cache, first, length, width**-0.5, softcap or 0.0
     if op == "sample":  # fp32 logits of 64 rows
         logits, u = torch.randn(64, 256_000, device=device), torch.rand(64, dtype=torch.float64, device=device)
-        return logits, u, 255_000, 1.0, *((0.9, 0.05) if document else (1.0, 0.0))
+        return logits, u, 255_029, 1.0, *((0.9, 0.05) if document else (1.0, 0.0))
     doc_start = (torch.arange(N, dtype=torch.int32, device=device) // document * document)[None] if document else None
     q, k, v = (randn(1, N, n, width) for n in (H, HKV, HKV))
     return q, k, v, doc_start, None, softcap, width**-0.5

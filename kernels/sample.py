@@ -46,11 +46,11 @@ def sample_reference(logits, u, vocab, temperature, top_p, min_p):
 
 
 @triton.jit
-def _weights(z_ptr, v0, top, V, scale, BLOCK: tl.constexpr):
-    """exp((z - top) * scale) of words v0 .. v0 + BLOCK; 0 past V."""
+def _weights(z_ptr, v0, top, V, vocab, scale, BLOCK: tl.constexpr):
+    """exp((z - top) * scale) of words v0 .. v0 + BLOCK; 0 from vocab on, which need not be a multiple of 16 as V is."""
     v = v0 + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + v, mask=v < V, other=-float("inf"))
-    return v, tl.exp((z - top) * scale)
+    return v, tl.where(v < vocab, tl.exp((z - top) * scale), 0.0)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _sample_kernel(
                 threshold = candidate.to(tl.float32, bitcast=True)
                 above = tl.zeros((16,), dtype=tl.float32)
                 for v0 in range(0, vocab, SEARCH):
-                    v, w = _weights(z_ptr, v0, best, vocab, scale, SEARCH)
+                    v, w = _weights(z_ptr, v0, best, V, vocab, scale, SEARCH)
                     above += tl.sum(tl.where(w[None, :] >= threshold[:, None], w[None, :], 0.0), 1)
                 # weights are at most 1, whose bits are 0x3F800000: beyond, there are no numbers to compare with
                 good = (above >= top_p * mass) & (candidate >= bits) & (candidate <= 0x3F800000)
@@ -93,11 +93,11 @@ def _sample_kernel(
         # 3) the sum of what is kept, then the first word whose running sum passes u of it
         kept = 0.0
         for v0 in range(0, vocab, BLOCK):
-            v, w = _weights(z_ptr, v0, best, vocab, scale, BLOCK)
+            v, w = _weights(z_ptr, v0, best, V, vocab, scale, BLOCK)
             kept += tl.sum(tl.where((w >= least) & (w > 0.0), w, 0.0), 0)
         target, before, found, last = (tl.load(u_ptr + row) * kept).to(tl.float32), 0.0, V, 0
         for v0 in range(0, vocab, BLOCK):
-            v, w = _weights(z_ptr, v0, best, vocab, scale, BLOCK)
+            v, w = _weights(z_ptr, v0, best, V, vocab, scale, BLOCK)
             keep = (w >= least) & (w > 0.0)
             w = tl.where(keep, w, 0.0)
             here = tl.sum(w, 0)

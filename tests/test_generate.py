@@ -287,7 +287,7 @@ def test_padded_embeddings_are_never_drawn(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"model": "http://localhost:8000#x"}, "endpoints"), ({"model": "{folder}/none"}, "none not found"),
+    ({"model": "http://localhost:8000#x"}, "an endpoint's address"), ({"model": "{folder}/none"}, "none not found"),
     ({"prompts": "{folder}/none.jsonl"}, "none.jsonl not found"), ({"prompts": "{folder}/bad.jsonl"}, "bad.jsonl:2"),
     ({"languages": ["de"]}, "no prompt in de")])
 def test_refusals(folder, changes, words):
