@@ -22,7 +22,6 @@ import random
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +33,14 @@ import bench.kernels  # noqa: E402
 from common import atomic_file, die, git_commit, hardware, parse_config, print0  # noqa: E402
 from config import Config as ModelConfig  # noqa: E402
 from generate import generate  # noqa: E402
-from model import Transformer, save  # noqa: E402
+from model import Transformer  # noqa: E402
 
 
 @dataclass
 class Config:
     batches: list[int] = field(default_factory=lambda: [1, 16, 64])  # sequences at a time
     mixes: list[str] = field(default_factory=lambda: ["equal", "mixed"])  # of lengths
-    caches: list[str] = field(default_factory=lambda: ["static", "dynamic"])  # of transformers; none: ours alone
+    caches: list[str] = field(default_factory=lambda: ["static", "dynamic"])  # of transformers; or "static uncompiled"; none: ours alone
     rounds: int = 4  # prompts, as a multiple of the batch
     repeats: int = 3  # of every measurement, in turns; the median counts
     prompt: list[int] = field(default_factory=lambda: [16, 128])  # shortest and longest prompt, in tokens
@@ -104,7 +103,8 @@ def theirs(cfg, peer, prompts, batch, stops, cache, greedy=False):
         ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in rows], device=peer.device)
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=peer.device)
         out = peer.generate(ids, attention_mask=mask, max_new_tokens=cfg.new, eos_token_id=sorted(stops) or None,
-                            pad_token_id=0, cache_implementation=None if cache == "dynamic" else cache, **settings)
+                            pad_token_id=0, cache_implementation=None if cache == "dynamic" else cache.split()[0],
+                            disable_compile=cache.endswith("uncompiled"), **settings)
         for i, row in zip(rows, out[:, longest:].tolist()):
             made[i] = row[:ended(row, stops)]
     return made
@@ -130,10 +130,13 @@ def main(cfg):
         except ImportError:
             die("transformers is not installed; --caches without values times ours alone")
         versions["transformers"] = transformers.__version__
-        with tempfile.TemporaryDirectory() as folder:
-            save(model, Path(folder) / "model", source=None)
-            peer = transformers.AutoModelForCausalLM.from_pretrained(
-                Path(folder) / "model", dtype=next(model.parameters()).dtype, attn_implementation="sdpa").to(device)
+        settings = json.loads(model.cfg.to_json(None, next(model.parameters()).dtype))
+        with torch.device(device):
+            peer = transformers.AutoModelForCausalLM.from_config(
+                transformers.CohereConfig(**settings), dtype=next(model.parameters()).dtype, attn_implementation="sdpa")
+        peer.load_state_dict(model.state_dict(), strict=False, assign=True)  # the same memory
+        peer.tie_weights()
+        peer.eval()
     copy = bench.kernels.ceilings()[0]
     few = make_prompts(cfg, "mixed", 2)
     same = not peer or [ours(cfg, model, few, 8, (), True), theirs(cfg, peer, few, 8, (), "dynamic", True)]

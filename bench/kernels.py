@@ -119,7 +119,8 @@ def flex(doc_start, T):
 def operations():
     """name -> (inputs, {peer: function of them}, bytes forward, bytes backward, FLOPs forward, FLOPs backward)."""
     N, V, size = CFG.tokens, CFG.vocab, getattr(torch, CFG.dtype).itemsize
-    reference = {op: importlib.import_module(f"kernels.{op}") for op in ("swiglu", "rope", "layernorm", "attention", "token_logps")}
+    reference = {op: importlib.import_module(f"kernels.{op}") for op in (
+        "swiglu", "rope", "layernorm", "attention", "token_logps", "sample")}
     found = {}
 
     gated = reference["swiglu"].swiglu_reference
@@ -171,11 +172,19 @@ def operations():
         0, 0, 2 * N * V * C, 6 * N * V * C)
 
     rows, keys = (64, 2048) if device() == "cuda" else (4, 256)
-    found["decode"] = (lambda: [randn(rows, 1, H, D), *(randn(rows, keys, HKV, D) for _ in range(2))], {
-        "nanoaya": lambda: kernels.attention, "eager": lambda: reference["attention"].attention_reference,
+    filled = torch.full((rows,), keys, dtype=torch.int32, device=device())
+    found["decode"] = (lambda: [randn(rows, 1, H, D), *(randn(rows, HKV, keys, D).transpose(1, 2) for _ in range(2))], {
+        "nanoaya": lambda: partial(kernels.decode, length=filled), "eager": lambda: reference["attention"].attention_reference,
         "sdpa": lambda: lambda q, k, v: F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)},
         2 * rows * keys * HKV * D * size, None, 0, 0)
+
+    u = torch.rand(rows, dtype=torch.float64, device=device())
+    for name, top_p in (("sample", 1.0), ("sample top-p", 0.9)):  # eager sorts, as samplers commonly do
+        found[name] = (lambda: [randn(rows, V, dtype=torch.float32)], {
+            who: lambda f=f, top_p=top_p: lambda logits: f(logits, u, V, 1.0, top_p, 0.0)[1]
+            for who, f in (("nanoaya", kernels.sample), ("eager", reference["sample"].sample_reference))},
+            4 * rows * V, None, 0, 0)
     return found
 
 

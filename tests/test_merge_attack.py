@@ -238,9 +238,9 @@ print(peak[0] - start)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("method,models,trim,n", [("linear", 2, "tensor", 10**9), ("ties", 1, "model", 10**8)])
+@pytest.mark.parametrize("method,models,trim,n", [("linear", 2, "tensor", 3 * 10**8), ("ties", 1, "model", 10**8)])
 def test_memory_does_not_grow_with_the_tensor(tmp_path, method, models, trim, n):
-    """One tensor of 2 GB in every model (holes of a sparse file, so that the test writes only the result), 0.2 for TIES."""
+    """One tensor of 0.6 GB in every model (holes of a sparse file, so that the test writes only the result), 0.2 for TIES."""
     for i in range(models + 1):
         save_file({"model.w": torch.zeros(0, dtype=torch.bfloat16)}, write(tmp_path / str(i), {}) / "model.safetensors")
         header = json.dumps({"model.w": {"dtype": "BF16", "shape": [n], "data_offsets": [0, 2 * n]}}).encode()

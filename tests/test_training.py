@@ -309,21 +309,25 @@ def test_gradients_do_not_depend_on_the_cut(cuts, name, cut):
 
 
 def test_compiled_blocks_give_the_same_gradients(cuts, tmp_path, monkeypatch):
-    """--compile, with the compiler's front half alone: the back half takes minutes on a CPU."""
+    """
+    --compile, with the compiler's front half alone, and one of the two blocks: the back half takes minutes on a CPU, and a
+    block ten seconds.
+    """
     plain, compiled = torch.nn.Module.compile, []
 
     def front_half(block, **options):
         compiled.append(options)
-        plain(block, backend="aot_eager", **options)
+        if len(compiled) == 1:
+            plain(block, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", front_half)
     tiny.keep_gradients(tmp_path / "compiled")
     try:
-        run("sft", *inputs(cuts, "sft"), "--out", tmp_path / "out", "--batch_size", 8, "--max_steps", 3, *FLAT, "--compile")
+        run("sft", *inputs(cuts, "sft"), "--out", tmp_path / "out", "--batch_size", 8, "--max_steps", 2, *FLAT, "--compile")
     finally:
         optim.optimizer_step = optim.optimizer_step.plain
     assert compiled == [{"dynamic": True}] * 2
-    for step in (1, 2, 3):
+    for step in (1, 2):
         expected, found = load_file(cuts / f"sft-1x1.{step}"), load_file(tmp_path / f"compiled.{step}")
         assert all((found[key] - g).abs().max() < 1e-5 for key, g in expected.items())
 
