@@ -118,7 +118,7 @@ def _outputs(logits):
 
 @opaque(lambda logits, *_: _outputs(logits))
 def _sample(
-    logits: Tensor, u: Tensor, vocab: int, temperature: float, top_p: float, min_p: float
+    logits: Tensor, u: Tensor | None, vocab: int, temperature: float, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor]:
     token, logp = _outputs(logits)
     _sample_kernel[(len(logits),)](
@@ -130,7 +130,7 @@ def _sample(
 
 def sample(logits, u, vocab, temperature=0.0, top_p=1.0, min_p=0.0):
     """
-    One word a row. logits (n, V); u (n,) fp64 in [0, 1), not read at temperature 0; ids from `vocab` on are never drawn.
+    One word a row. logits (n, V); u (n,) fp64 in [0, 1), or None at temperature 0; ids from `vocab` on are never drawn.
     Returns ids (n,) int64 and log p of the whole distribution, (n,) fp32. Nothing is recorded for a gradient.
     """
     if use_triton(logits):
