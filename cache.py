@@ -15,9 +15,10 @@ class KVCache:
 
     def __init__(self, cfg, slots, capacity, dtype, device):
         self.sizes = [min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers)]
-        shape = (slots, cfg.num_key_value_heads)
-        self.k, self.v = ([torch.zeros(*shape, size, cfg.head_dim, dtype=dtype, device=device) for size in self.sizes]
-                          for _ in range(2))
+        self.k, self.v = ([torch.zeros(slots, cfg.num_key_value_heads, size, cfg.head_dim, dtype=dtype, device=device)
+                           for size in self.sizes] for _ in range(2))
+        if self.k[0].device.type == "cpu":  # of keys a CPU multiplies faster what lies in memory as (Hkv, D, size)
+            self.k = [k.view(slots, -1, cfg.head_dim, k.shape[2]).transpose(2, 3) for k in self.k]
         self.length, self.slots, self.capacity = torch.zeros(slots, dtype=torch.int32, device=device), slots, capacity
 
     def begin_fill(self, lengths, slots):

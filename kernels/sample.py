@@ -16,6 +16,7 @@ Memory traffic: 3 reads of the logits without top-p, 11 with it (a row of 256,00
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import opaque, tl, triton, use_triton
@@ -128,6 +129,40 @@ def _sample(
     return token, logp
 
 
+def _sample_cpu(logits, u, vocab, temperature, top_p, min_p):
+    """
+    The definition in fewer passes: sums of 64 words first, then the words of one block; one exp where T is 1; and to find
+    top-p's threshold, the 64 likeliest words are sorted, all of them only if a row's 64 hold less than top_p.
+    """
+    n, V = logits.shape
+    if temperature == 0:
+        token = logits[:, :vocab].argmax(-1)
+        return token, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
+    top = logits.amax(-1, keepdim=True)
+    w = F.pad(logits - top, (0, -V % 64), value=-torch.inf)
+    lse = w.exp().sum(-1) if temperature != 1 else None
+    w = (w.div_(temperature) if temperature != 1 else w).exp_()
+    lse = (w.sum(-1) if lse is None else lse).log() + top[:, 0]
+    w[:, vocab:] = 0
+    if top_p < 1 or min_p > 0:
+        ranked, mass = w.topk(min(64, vocab)).values, top_p * w.sum(-1, dtype=torch.float64, keepdim=True)
+        if (ranked.sum(-1, dtype=torch.float64, keepdim=True) < mass).any():
+            ranked = w.sort(-1, descending=True).values
+        last = (ranked.double().cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=ranked.shape[1] - 1)
+        w = torch.where(w >= torch.maximum(ranked.gather(1, last), ranked[:, :1] * min_p), w, 0.0)
+    blocks = w.view(n, -1, 64)
+    sums = blocks.sum(-1).double().cumsum(-1)
+    total = sums[:, -1:].contiguous()
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # below the end, also rounded
+    block = torch.searchsorted(sums, target, right=True)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    words = blocks[torch.arange(n), block[:, 0]].double()
+    place = torch.searchsorted(words.cumsum(-1) + before, target, right=True)
+    last = 63 - (words > 0).flip(-1).int().argmax(-1, keepdim=True)
+    token = (block * 64 + torch.minimum(place, last)).squeeze(1)
+    return token, logits.gather(1, token[:, None]).squeeze(1) - lse
+
+
 def sample(logits, u, vocab, temperature=0.0, top_p=1.0, min_p=0.0):
     """
     One word a row. logits (n, V); u (n,) fp64 in [0, 1), or None at temperature 0; ids from `vocab` on are never drawn.
@@ -135,4 +170,4 @@ def sample(logits, u, vocab, temperature=0.0, top_p=1.0, min_p=0.0):
     """
     if use_triton(logits):
         return _sample(logits.float().contiguous(), u, vocab, temperature, top_p, min_p)
-    return sample_reference(logits, u, vocab, temperature, top_p, min_p)
+    return _sample_cpu(logits.float(), u, vocab, temperature, top_p, min_p)
