@@ -163,16 +163,17 @@ def draw_seed(*parts):
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode("ascii")).digest()[:4], "big") >> 1
 
 
-def complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, **sending):
+def complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, min_p=0.0, stop=(),
+             **sending):
     """
     Rows with id, language, prompt -> the completion rows that generate.complete() makes of them (teacher: the model's
     name). `sending`: threads, timeout, retries of answers(). If some have no answer: how many, why, and exit status 1.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         die(f"{url} is asked by one process, which sends many requests at once: start it without torchrun")
-    if temperature < 0 or not 0 < top_p <= 1 or samples < 1 or max_new_tokens < 1:
-        die("sampling needs temperature >= 0, 0 < top_p <= 1, samples >= 1 and max_new_tokens >= 1; got "
-            f"{temperature}, {top_p}, {samples} and {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or samples < 1 or max_new_tokens < 1:
+        die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1 and max_new_tokens >= 1; got "
+            f"{temperature}, {top_p}, {min_p}, {samples} and {max_new_tokens}")
     endpoint, asks, seen = Endpoint(url), [], Counter()
     for row in rows:
         # a prompt is named by its id, and by its place among rows with that id: without a row the others are the same
@@ -180,7 +181,8 @@ def complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, sam
         seen[row["id"]] += 1
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [
             {"role": m["role"], "content": m["content"]} for m in prompt]
-        asks += [Ask(f"{place}/{k}", messages, max_new_tokens, temperature, top_p, draw_seed(seed, place, k))
+        asks += [Ask(f"{place}/{k}", messages, max_new_tokens, temperature, top_p, draw_seed(seed, place, k),
+                     min_p, tuple(stop))
                  for k in range(samples)]
     found = answers(endpoint, asks, journal, **sending)
     if reasons := Counter(a.failure for a in found if a.text is None):
@@ -201,7 +203,7 @@ def complete_file(cfg):
         die(f"{cfg.prompts} holds no prompt in {' '.join(cfg.languages)}")
     journal = journal_of(cfg.out)
     done = complete(cfg.model, rows, journal, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.samples, cfg.seed,
-                    threads=cfg.threads, timeout=cfg.timeout, retries=cfg.retries)
+                    cfg.min_p, cfg.stop, threads=cfg.threads, timeout=cfg.timeout, retries=cfg.retries)
     write_rows(cfg.out, done)
     journal.unlink(missing_ok=True)  # not before the output is whole, and on the disk
     cut_off, empty = sum(not row["ended"] for row in done), sum(not row["completion"].strip() for row in done)

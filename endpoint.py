@@ -35,6 +35,8 @@ class Ask:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 0  # of the server's draws
+    min_p: float = 0.0  # not every server knows it (vLLM does): sent only if it is not 0
+    stop: tuple = ()  # strings that end the text, which then ends before them
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Connection:
         to = self.endpoint
         payload = {"model": to.model, "messages": ask.messages, "max_tokens": ask.max_tokens,
                    "temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed, "n": 1, "stream": False}
+        payload |= ({"min_p": ask.min_p} if ask.min_p else {}) | ({"stop": list(ask.stop)} if ask.stop else {})
         try:
             status, headers, body = self.post(json.dumps(payload).encode("ascii"))
         except ssl.SSLCertVerificationError as e:

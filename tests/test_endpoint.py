@@ -184,6 +184,16 @@ def test_a_request(tmp_path):
     assert answer == Answer(f"{SCRIPTS} {SCRIPTS} 2 [0.5, 0.9, 30, 7]", True, 11, 7)
 
 
+def test_min_p_and_stop_strings_are_sent_if_asked_for(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    tiny.write(prompts, [{"id": "a", "language": "en", "prompt": "x"}])
+    with serving() as server:
+        cfg = generate.Config(model=server.url, prompts=str(prompts), out=str(tmp_path / "out.jsonl"), min_p=0.05, stop=["\n\n", "。"])
+        generate.main(cfg)
+    [(_, payload, _)] = server.seen
+    assert payload["min_p"] == 0.05 and payload["stop"] == ["\n\n", "。"]
+
+
 def test_one_connection_a_thread_and_all_threads_at_once(tmp_path):
     together = threading.Barrier(4)
 
