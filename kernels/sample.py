@@ -62,7 +62,7 @@ def _sample_kernel(
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * V
     # 1) the largest logit of the words that may be drawn, its first place; log sum exp of all words, and the sum of w
-    best, token, top, total, mass = -float("inf"), 0, -float("inf"), 0.0, 0.0
+    best, token, top, total, mass = -1e30, 0, -1e30, 0.0, 0.0  # finite: a block of logits -inf would say inf - inf
     for v0 in range(0, V, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + v, mask=v < V, other=-float("inf"))
@@ -108,6 +108,7 @@ def _sample_kernel(
             last = tl.maximum(last, tl.max(tl.where(keep, v, 0), 0))
             before += here
         token = tl.where(found < V, found, last)  # rounding may leave u's share just out of reach
+    token = tl.minimum(token, vocab - 1)  # argmax among NaN is any place of a block, which may end beyond the row
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logp_ptr + row, tl.load(z_ptr + token) - (top + tl.log(total)))
 
