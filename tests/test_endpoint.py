@@ -380,11 +380,11 @@ def date(seconds):
 
 
 @pytest.mark.parametrize("value, low, high", [
-    ("0", 0, 0), (" 7 ", 7, 7), ("3600", 60, 60), ("9" * 400, 60, 60), (date(30), 20, 30), (date(-30), 0, 0),
-    (date(9000), 60, 60), ("soon", None, None), ("", None, None), ("-5", None, None), ("nan", None, None),
+    ("0", 0, 0), (" 7 ", 7, 7), ("3600", 60, 60), ("9" * 400, 60, 60), (30, 20, 30), (-30, 0, 0), (9000, 60, 60),
+    ("soon", None, None), ("", None, None), ("-5", None, None), ("nan", None, None),
     ("Fri, 99 Nov 2026 00:00:00 GMT", None, None)])
 def test_retry_after(value, low, high):
-    found = retry_after({"Retry-After": value})
+    found = retry_after({"Retry-After": value if isinstance(value, str) else date(value)})  # a number: a date so far away
     assert found is None if low is None else low <= found <= high
 
 
