@@ -40,7 +40,7 @@ CHOICES = {
     "token_logps": ("token_logps", ["_fold_slice", "_slice_gradient"], {
         "BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),
     "sample": ("sample", ["_sample_kernel"], {
-        "BLOCK": (2048, 4096, 8192), "SEARCH": (512, 1024, 2048), "NUM_WARPS": (4, 8, 16)}),
+        "BLOCK": (2048, 4096, 8192), "NUM_WARPS": (4, 8, 16), "STAGES": (1, 2, 3, 4)}),
     "swiglu": ("swiglu", ["_swiglu_forward", "_swiglu_backward"], {
         "BLOCK": (512, 1024, 2048, 4096), "NUM_WARPS": (2, 4, 8)}),
     "rope": ("rope", ["_rope_kernel"], {"NUM_WARPS": (1, 2, 4, 8)}),

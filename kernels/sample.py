@@ -9,10 +9,10 @@ One token a row from fp32 logits, and its log-probability: temperature, min-p, t
 
 Words as likely as the least likely one that top-p keeps are kept too: a tie is no reason to prefer small ids. To sort
 256,000 words a row, as samplers commonly do, costs more than a layer; here the threshold t is searched for instead. A
-positive fp32 number and its bits, read as an integer, are in the same order, so each pass over a row settles four more
-bits of t: the mass above 15 thresholds at once, and the largest that still holds top_p stays.
+positive fp32 number and its bits, read as an integer, are in the same order, so each pass over a row settles two more
+bits of t: the mass above 3 thresholds at once, and the largest that still holds top_p stays.
 
-Memory traffic: 3 reads of the logits without top-p, 11 with it (a row of 256,000 is 1 MB: it stays in the L2 cache).
+Memory traffic: 3 reads of the logits without top-p, 19 with it (a row of 256,000 is 1 MB: it stays in the L2 cache).
 """
 
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor
 from ._triton import opaque, tl, triton, use_triton
 
 BLOCK = 4096  # words a program handles in one go
-SEARCH = 1024  # likewise while it searches: 16 sums at a time
-NUM_WARPS = 8
+NUM_WARPS, STAGES = 16, 3
 
 
 def sample_reference(logits, u, vocab, temperature, top_p, min_p):
@@ -57,13 +56,13 @@ def _weights(z_ptr, v0, top, V, vocab, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _sample_kernel(
     z_ptr, u_ptr, token_ptr, logp_ptr, V, vocab, scale, top_p, min_p, GREEDY: tl.constexpr, TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * V
     # 1) the largest logit of the words that may be drawn, its first place; log sum exp of all words, and the sum of w
     best, token, top, total, mass = -1e30, 0, -1e30, 0.0, 0.0  # finite: a block of logits -inf would say inf - inf
-    for v0 in range(0, V, BLOCK):
+    for v0 in tl.range(0, V, BLOCK, num_stages=STAGES):
         v = v0 + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + v, mask=v < V, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
@@ -76,34 +75,35 @@ def _sample_kernel(
         mass = mass * tl.exp((best - new_best) * scale) + tl.sum(tl.exp((z - new_best) * scale), 0)
         best = new_best
     if not GREEDY:
-        # 2) the least weight that is kept: its bits, four at a time from the highest on
+        # 2) the least weight that is kept: its bits, two at a time from the highest on
         least = min_p
         if TOP_P:
             bits = 0
-            for step in tl.static_range(8):
-                candidate = bits + (tl.arange(0, 16) << (28 - 4 * step))
+            for step in range(16):
+                candidate = bits + (tl.arange(0, 4) << (30 - 2 * step))
                 threshold = candidate.to(tl.float32, bitcast=True)
-                above = tl.zeros((16,), dtype=tl.float32)
-                for v0 in range(0, vocab, SEARCH):
-                    v, w = _weights(z_ptr, v0, best, V, vocab, scale, SEARCH)
-                    above += tl.sum(tl.where(w[None, :] >= threshold[:, None], w[None, :], 0.0), 1)
+                above = tl.zeros((4, BLOCK), dtype=tl.float32)  # summed once a pass: a sum a block would wait for its threads
+                for v0 in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+                    v, w = _weights(z_ptr, v0, best, V, vocab, scale, BLOCK)
+                    above += tl.where(w[None, :] >= threshold[:, None], w[None, :], 0.0)
                 # weights are at most 1, whose bits are 0x3F800000: beyond, there are no numbers to compare with
-                good = (above >= top_p * mass) & (candidate >= bits) & (candidate <= 0x3F800000)
+                good = (tl.sum(above, 1) >= top_p * mass) & (candidate >= bits) & (candidate <= 0x3F800000)
                 bits = tl.max(tl.where(good, candidate, bits), 0)
             least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
-        # 3) the sum of what is kept, then the first word whose running sum passes u of it
-        kept = 0.0
-        for v0 in range(0, vocab, BLOCK):
+        # 3) the sum of what is kept, then the first word whose running sum passes u of it: in fp64, since among 256,000
+        # words one weighs as much as fp32's rounding of the sum
+        kept = tl.full((), 0.0, tl.float64)
+        for v0 in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             v, w = _weights(z_ptr, v0, best, V, vocab, scale, BLOCK)
-            kept += tl.sum(tl.where((w >= least) & (w > 0.0), w, 0.0), 0)
-        target, before, found, last = (tl.load(u_ptr + row) * kept).to(tl.float32), 0.0, V, 0
-        for v0 in range(0, vocab, BLOCK):
+            kept += tl.sum(tl.where(w >= least, w, 0.0), 0)
+        target, before, found, last = tl.load(u_ptr + row) * kept, tl.full((), 0.0, tl.float64), V, 0
+        for v0 in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             v, w = _weights(z_ptr, v0, best, V, vocab, scale, BLOCK)
             keep = (w >= least) & (w > 0.0)
             w = tl.where(keep, w, 0.0)
-            here = tl.sum(w, 0)
+            here = tl.sum(w, 0).to(tl.float64)
             if (found == V) & (before + here > target):
-                passed = (before + tl.cumsum(w, 0) > target) & keep
+                passed = (before + tl.cumsum(w, 0).to(tl.float64) > target) & keep
                 found = tl.min(tl.where(passed, v, V), 0)
             last = tl.maximum(last, tl.max(tl.where(keep, v, 0), 0))
             before += here
@@ -125,7 +125,7 @@ def _sample(
     token, logp = _outputs(logits)
     _sample_kernel[(len(logits),)](
         logits, u, token, logp, logits.shape[1], vocab, 1.0 / (temperature or 1.0), top_p, min_p,
-        GREEDY=temperature == 0, TOP_P=top_p < 1, BLOCK=BLOCK, SEARCH=SEARCH, num_warps=NUM_WARPS,
+        GREEDY=temperature == 0, TOP_P=top_p < 1, BLOCK=BLOCK, STAGES=STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return token, logp
 
