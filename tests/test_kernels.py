@@ -171,6 +171,8 @@ def small_tiles(monkeypatch):
             monkeypatch.setattr(file, "SLICE", 7 * 128)
             monkeypatch.setattr(file, "BLOCK", 64)
             monkeypatch.setattr(file._TokenLogpsCPU, "CHUNK", 5)
+        if op == "sample":
+            monkeypatch.setattr(file, "BLOCK", 64)
         return file
 
     return shrink
@@ -404,6 +406,118 @@ def test_token_logps_keeps_or_recomputes_the_same(small_tiles):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(kept, again))
 
 
+# One word drawn a row: many rows of words, each with another u.
+SAMPLE = {
+    "greedy": dict(temperature=0.0),
+    "greedy among equals": dict(temperature=0.0, ties=True),
+    "temperature": dict(temperature=0.6),
+    "top_p": dict(top_p=0.8),
+    "min_p": dict(min_p=0.1),
+    "both": dict(top_p=0.9, min_p=0.02, temperature=1.3),
+    "equals at the edge": dict(top_p=0.6, ties=True),
+    "one word has it all": dict(size=80.0, top_p=0.9),
+    "all alike": dict(size=0.0, top_p=0.3),
+    "a first block without a word": dict(empty=70, top_p=0.9),
+    "greedy behind such a block": dict(empty=70, temperature=0.0),
+    "whole blocks": dict(V=128, vocab=128, top_p=0.95),
+    "a single word": dict(V=1, vocab=1, top_p=0.5, min_p=0.5),
+}
+
+
+def sample_inputs(n=20, V=150, vocab=137, temperature=1.0, top_p=1.0, min_p=0.0, size=3.0, ties=False, empty=0):
+    """logits of V words, of which those from vocab on may not be drawn and the first `empty` have logit -inf."""
+    logits = (size * randn(n, V)).float()
+    logits = logits.round() if ties else logits
+    logits[0, vocab - 1] = logits[0].max() + size / 3  # the likeliest word is the last one
+    logits[1, V - 1] = logits[1].max() + size / 3  # and here it may not be drawn
+    logits[2] = logits[2].clamp(min=-80, max=80) if size < 80 else logits[2].sign() * 80
+    logits[:, :empty] = -torch.inf
+    u = torch.linspace(0, 1, n, dtype=torch.float64)
+    u[-1] = u[-2] = u[2] = 1 - 2**-53  # the largest that there is
+    return logits, u, (vocab, temperature, top_p, min_p)
+
+
+def drawable(logits, u, vocab, temperature, top_p, min_p):
+    """(n, vocab) bool: the words that u may draw, one but for the rounding of u's share; word by word, in fp64."""
+    out = torch.zeros(len(logits), vocab, dtype=torch.bool)
+    for row, z in enumerate(logits.double()[:, :vocab]):
+        if temperature == 0:
+            out[row, (z == z.max()).nonzero()[0]] = True
+            continue
+        w = ((z - z.max()) / temperature).exp().tolist()
+        mass, least = 0.0, 0.0
+        for least in sorted(w, reverse=True):
+            mass += least
+            if mass >= top_p * sum(w) - 1e-9:
+                break
+        kept = [x if x >= max(least if top_p < 1 else 0.0, min_p) else 0.0 for x in w]
+        before = 0.0
+        for v, x in enumerate(kept):
+            out[row, v] = x > 0 and before / sum(kept) - 1e-5 <= u[row] <= (before + x) / sum(kept) + 1e-5
+            before += x
+    return out
+
+
+def check_sample(sample, sizes, device):
+    logits, u, settings = sample_inputs(**sizes)
+    token, logp = (x.cpu() for x in sample(logits.to(device), u.to(device), *settings))
+    may = drawable(logits, u, *settings)
+    assert may.any(1).all() and token.dtype == torch.int64 and (0 <= token).all() and (token < settings[0]).all()
+    assert may.gather(1, token[:, None]).all(), f"rows {(~may.gather(1, token[:, None])[:, 0]).nonzero()[:, 0].tolist()}"
+    expected = logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0]
+    assert torch.allclose(logp.double(), expected, rtol=1e-6, atol=1e-5) and logp.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_sample(triton_device, small_tiles, path, name):
+    file = small_tiles("sample", module("sample"))
+    check_sample(file._sample if path == "triton" else kernels.sample, SAMPLE[name],
+                 triton_device if path == "triton" else "cpu")  # fmt: skip
+
+
+def test_sample_with_its_real_blocks(triton_device):
+    check_sample(module("sample")._sample, dict(n=4, V=9000, vocab=8999, top_p=0.9, min_p=0.01), triton_device)
+
+
+def test_greedy_sampling_needs_no_uniform_numbers(triton_device, small_tiles):
+    file, (logits, _, settings) = small_tiles("sample", module("sample")), sample_inputs(temperature=0.0)
+    check_sample(lambda z, u, *s: file._sample(z, None, *s), dict(temperature=0.0), triton_device)
+
+
+def test_what_is_sampled_is_distributed_as_softmax_says(triton_device, small_tiles):
+    file, n = small_tiles("sample", module("sample")), 400
+    p = torch.tensor([0.3, 0.02, 0.0, 0.25, 0.05, 0.08, 0.2, 0.1], dtype=torch.float64)
+    u = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(triton_device)
+    counts = file._sample(p.log().float().repeat(n, 1).to(triton_device), u, 7, 1.0, 1.0, 0.2)[0].cpu().bincount(minlength=8)
+
+    def chi_square(p):
+        assert not counts[p == 0].any()
+        return ((counts - n * p)[p > 0] ** 2 / (n * p)[p > 0]).sum()
+
+    kept = torch.tensor([1, 0, 0, 1, 0, 1, 1, 0]) * p  # the eighth may not be drawn, min_p cuts two
+    limit = 3 + 6 * 6**0.5  # 3 degrees of freedom, of variance 6
+    assert chi_square(kept / kept.sum()) < limit < chi_square(kept**1.6 / (kept**1.6).sum())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_nan_among_the_logits_is_told(triton_device, small_tiles, path, temperature):
+    """By the log-prob of its row alone; the id is one of the words all the same."""
+    file = small_tiles("sample", module("sample"))
+    sample, device = (file._sample, triton_device) if path == "triton" else (kernels.sample, "cpu")
+    logits, u, _ = sample_inputs(n=8)
+    clean = sample(logits.to(device), u.to(device), 137, temperature, 0.9, 0.0)
+    for v in (0, 70, 149):
+        spoilt = logits.clone()
+        spoilt[5, v], spoilt[7, ::2] = float("nan"), float("nan")  # not a whole block: the interpreter's argmax refuses it
+        token, logp = (x.cpu() for x in sample(spoilt.to(device), u.to(device), 137, temperature, 0.9, 0.0))
+        others = torch.ones(len(logits), dtype=torch.bool)
+        others[[5, 7]] = False
+        assert logp.isnan().tolist() == (~others).tolist() and (0 <= token).all() and (token < 137).all()
+        assert torch.equal(token[others], clean[0].cpu()[others])
+
+
 # --- Invariances
 
 
@@ -579,6 +693,26 @@ MUTANTS = [
     ("decode", "tiles done by nobody", "tl.num_programs(1) * BN", "tl.num_programs(1) * BN * 2", {}),
     ("decode", "tiles done by two", "tl.num_programs(1) * BN", "BN", {}),
     ("decode", "strides of a contiguous cache", "j[:, None].to(tl.int64) * stride_t", "j[:, None] * D", dict(Hkv=2, H=4)),
+    ("sample", "the likeliest of all the words", 'z = tl.where(v < vocab, z, -float("inf"))', "pass", dict(temperature=0.0)),
+    ("sample", "a place in the block", "v0 + tl.argmax(z, 0)", "tl.argmax(z, 0)", dict(temperature=0.0)),
+    ("sample", "the last of equals", "here > best", "here >= best", dict(temperature=0.0, ties=True)),
+    ("sample", "an empty block says NaN", "-1e30, 0, -1e30", '-float("inf"), 0, -float("inf")', dict(empty=70)),
+    ("sample", "no rescaling when the maximum grows", "total * tl.exp(top - new_top)", "total", {}),
+    ("sample", "nor of what may be drawn", "mass * tl.exp((best - new_best) * scale)", "mass", dict(top_p=0.8)),
+    ("sample", "no temperature", "tl.exp((z - top) * scale)", "tl.exp(z - top)", dict(temperature=0.6)),
+    ("sample", "words that may not be drawn", "tl.where(v < vocab, tl.exp((z - top) * scale), 0.0)",
+     "tl.exp((z - top) * scale)", {}),
+    ("sample", "no min_p", "least = min_p", "least = 0.0", dict(min_p=0.1)),
+    ("sample", "top_p instead of min_p", "tl.maximum(least, bits.to(tl.float32, bitcast=True))",
+     "bits.to(tl.float32, bitcast=True)", dict(top_p=0.99, min_p=0.1)),
+    ("sample", "the word at the edge is cut", "keep = (w >= least)", "keep = (w > least)", dict(top_p=0.8)),
+    ("sample", "a threshold of eight bits", "for step in range(16):", "for step in range(4):", dict(top_p=0.8)),
+    ("sample", "top_p of 1", "top_p * mass", "top_p", dict(top_p=0.8)),
+    ("sample", "each block from the start", "before + tl.cumsum(w, 0).to(tl.float64)", "tl.cumsum(w, 0).to(tl.float64)", {}),
+    ("sample", "the last block that passes", "(found == V) & ", "", {}),
+    ("sample", "u of what is cut too", "row) * kept", "row) * mass", dict(top_p=0.8)),
+    ("sample", "one u for all rows", "tl.load(u_ptr + row)", "tl.load(u_ptr)", {}),
+    ("sample", "log-prob among what may be drawn", "top + tl.log(total)", "best + tl.log(mass)", {}),
     ("token_logps", "target not relative to the slice", "(targets_ptr + row) - start", "(targets_ptr + row)", {}),
     ("token_logps", "slices not joined", "tl.exp(lse - high) + ", "", {}),
     ("token_logps", "words past the end counted", 'tl.where(col < V, z, -float("inf"))', "z", dict(size=0.5)),
@@ -594,6 +728,8 @@ MUTANTS = [
 
 
 def check_op(op, file, sizes, device):
+    if op == "sample":
+        return check_sample(file._sample, sizes, device)
     if op == "decode" and sizes.get("lengths"):
         return check_decode(lengths_case(file, "triton"), torch.float32, device)
     if op == "decode":
@@ -614,7 +750,7 @@ def test_mutant_is_caught(triton_device, small_tiles, tmp_path, op, name, right,
         check_op(op, small_tiles(op, mutant), sizes, triton_device)
 
 
-@pytest.mark.parametrize("op", [*OPS, "decode"])
+@pytest.mark.parametrize("op", [*OPS, "decode", "sample"])
 def test_every_mutant_starts_from_a_kernel_that_passes(triton_device, small_tiles, op):
     for sizes in {str(m[4]): m[4] for m in MUTANTS if m[0] == op}.values():
         check_op(op, small_tiles(op, module(op)), sizes, triton_device)
