@@ -21,7 +21,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # sizes
 def uniforms(seed, prompts, samples, position):
     """
     One uniform number in [0, 1) for each (prompt, sample) at this position: a hash of the four numbers. prompts, samples
-    (n,), position (n,) or a number: whole numbers below 2**64 in size -> (n,) float64.
+    (n,), position (n,) or a number: int64; seed: below 2**64 -> (n,) float64.
     """
     prompts, samples = torch.as_tensor(prompts), torch.as_tensor(samples)
     shifted = lambda z, n: (z >> n) & ((1 << (64 - n)) - 1)  # without the sign
@@ -45,7 +45,7 @@ class Sampler:
         self.model, self.device = model, weight.device
         self.cache = KVCache(model.cfg, slots, capacity, weight.dtype, weight.device)
         self.settings = min(vocab_size or model.cfg.vocab_size, model.cfg.vocab_size), temperature, top_p, min_p
-        self.seed, self.graphs = seed, {}
+        self.seed, self.graphs, self.pool = seed, {}, None
         self.lengths, self.used = [0] * slots, 0  # of every slot, 0: free; as the device's cache.length
         ints = lambda: torch.zeros(slots, dtype=torch.int64, device=self.device)
         # of every slot: newest id, what names it in the draws, tokens drawn, and 1 if it is in use
@@ -124,9 +124,11 @@ class Sampler:
             torch.cuda.current_stream().wait_stream(side)
             for x, kept in zip(state, before):  # what it wrote to the cache, the replay writes again
                 x.copy_(kept)
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n]):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # one memory for all: what a graph leaves is in fixed tensors
                 self.advance(n)
+            self.graphs[n] = graph
+            self.pool = graph.pool()
         self.graphs[n].replay()
 
     def release(self, slots):
