@@ -56,7 +56,8 @@ class Config:
 class Stop:
     """
     When a completion has ended: an id of `stop_ids`, which is then its last one, or a string of `strings` in its text, as
-    `decode` (ids -> text) has it. Only the newest ids are decoded: each gives a byte or more, or is a control token.
+    `decode` (ids -> text) has it. Only the newest ids are decoded: each gives a byte or more, or is a control token, of
+    which more than eight inside a stop string delay the stop, not the cut.
     """
 
     def __init__(self, stop_ids=(), strings=(), decode=None):
@@ -138,7 +139,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
     `logps`: returns the model's log-prob of each id too, a second list of the same shape, at temperature 1 and uncut: what
     token_logps says of the completion.
     """
-    if (temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or samples < 1 or max_new_tokens < 1 or batch_size < 1):
+    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or min(samples, max_new_tokens, batch_size) < 1:
         die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1, max_new_tokens >= 1 and "
             f"batch_size >= 1; got {temperature}, {top_p}, {min_p}, {samples}, {max_new_tokens} and {batch_size}")
     if empty := next((i for i, ids in enumerate(prompts, 1) if not ids), None):

@@ -179,8 +179,9 @@ class Backbone(nn.Module):
 
 class Transformer(nn.Module):
     """
-    A causal language model. `source`: the folder it was loaded from, or None; `stored`: its dtype there. `recompute`: activation checkpointing (Chen
-    et al. 2016, arXiv 1604.06174): a block's inside is computed again in the backward pass instead of kept.
+    A causal language model. `source`: the folder it was loaded from, or None; `stored`: its dtype there. `recompute`:
+    activation checkpointing (Chen et al. 2016, arXiv 1604.06174): a block's inside is computed again in the backward pass
+    instead of kept.
     """
 
     source, stored, has_head, recompute = None, torch.float32, True, False

@@ -103,7 +103,8 @@ def decode(q, k, v, first=None, softcap=None, scale=None, length=None):
     q: (B, 1, H, D); k, v: (B, Tk, Hkv, D), any stride between rows, positions and heads (slices of a cache); first: (B,)
     or (B, 1) int32, the first key that each row sees, or None for key 0; length: (B,) int32, how many of the Tk
     positions are filled, or None for all: what lies behind them is not read. Returns (B, 1, H, D); a row that sees no key
-    gets zeros; the definition of a row is attention_reference in attention.py. In a ring, where position p lies at p % Tk, keys stand in any order, which attention does not mind.
+    gets zeros; the definition of a row is attention_reference in attention.py. In a ring, where position p lies at
+    p % Tk, keys stand in any order, which attention does not mind.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if use_triton(q):
