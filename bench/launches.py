@@ -83,7 +83,7 @@ def compiled_to(kernel, arch):
         spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)), serialised="C7512" in report,
         shared=kernel.metadata.shared, fits=kernel.metadata.shared <= limit,
         wgmma=count(r"\bHGMMA"), mma=count(r"\bHMMA"), tma=count(r"\bUTMALDG"),
-        wide_loads=count(r"\bLDG\.E\.128"), loads=count(r"\bLDG\."),
+        wide_loads=count(r"\bLDG(?:STS)?\.E(?:\.\w+)*?\.128"), loads=count(r"\bLDG(?:STS)?\."),  # STS: by way of shared memory
         wide_stores=count(r"\bSTG\.E\.128"), stores=count(r"\bSTG\."),
     )  # fmt: skip
 

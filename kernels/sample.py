@@ -155,12 +155,12 @@ def _sample_cpu(logits, u, vocab, temperature, top_p, min_p):
     sums = blocks.sum(-1).double().cumsum(-1)
     total = sums[:, -1:].contiguous()
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # below the end, also rounded
-    block = torch.searchsorted(sums, target, right=True)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)  # NaN is beyond all: its log-prob says so
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     words = blocks[torch.arange(n), block[:, 0]].double()
     place = torch.searchsorted(words.cumsum(-1) + before, target, right=True)
     last = 63 - (words > 0).flip(-1).int().argmax(-1, keepdim=True)
-    token = (block * 64 + torch.minimum(place, last)).squeeze(1)
+    token = (block * 64 + torch.minimum(place, last)).squeeze(1).clamp(max=vocab - 1)
     return token, logits.gather(1, token[:, None]).squeeze(1) - lse
 
 

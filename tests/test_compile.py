@@ -121,7 +121,7 @@ def test_elementwise_kernels_move_128_bits_at_a_time(compiled):
     # (loads, stores) that may be narrower: a row's mean and rstd; its lse, target, picked logit or upstream gradient
     # and in the layout of halves k's two: 8 heads of 64 elements are 4 for each of 128 threads
     # (and of a sampled row its uniform number, the token's logit, and what is stored)
-    narrow = {"_sample_kernel": (2, 2), "_norm_forward": (0, 2), "_norm_backward": (2, 0), "_fold_slice": (3, 2),
+    narrow = {"_sample_kernel": (2, 2), "_norm_forward": (0, 2), "_norm_backward": (4, 0), "_fold_slice": (3, 2),
               "_slice_gradient": (3, 0), ("_rope_kernel", "halves"): (2, 2)}  # fmt: skip
     for (arch, kernel, case), row in compiled.items():
         if case != "odd" and not kernel.startswith(("_attention", "_decode")):
