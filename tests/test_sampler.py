@@ -134,6 +134,7 @@ def test_stop_strings(kind, text, stop, left):
     assert stop in chat.decode(ids[:ends[0]]) and stop not in chat.decode(ids[:ends[0] - 1])
     assert over.cut(chat.decode(ids[:ends[0]])) == (left if chat.decode(ids).startswith(left) else left.strip(), True)
     assert over.cut("nothing of it") == ("nothing of it", False)
+    assert Stop((), ["b", "", "a"]).cut("xaby") == ("x", True)
 
 
 def test_completions_stop_at_strings_and_are_named_by_ids(tmp_path, monkeypatch):
