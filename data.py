@@ -1,5 +1,5 @@
 """
-Rows in, batches out: the 23 languages, JSONL rows and their checks, mixtures, loss masks, padding and packing.
+Rows in, batches out: JSONL rows and their checks, mixtures, loss masks, padding and packing.
 
 A row of data is one JSON object a line (the table is in README.md). Everything that can be wrong with a line is said
 with its file and line number. Order is a pure function of (seed, step), so a run can be repeated or continued exactly.
@@ -18,26 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common import atomic_file, die, print0, writing
-
-# ---------------------------------------------------------------------------------------------------------------------
-# languages: Aya Expanse's 23, Chinese in both scripts. code -> (English name, family)
-
-LANGUAGES = {
-    "ar": ("Arabic", "Semitic"), "cs": ("Czech", "Slavic"), "de": ("German", "Germanic"), "el": ("Greek", "Hellenic"),
-    "en": ("English", "Germanic"), "es": ("Spanish", "Romance"), "fa": ("Persian", "Iranian"),
-    "fr": ("French", "Romance"), "he": ("Hebrew", "Semitic"), "hi": ("Hindi", "Indo-Aryan"),
-    "id": ("Indonesian", "Austronesian"), "it": ("Italian", "Romance"), "ja": ("Japanese", "Japonic"),
-    "ko": ("Korean", "Koreanic"), "nl": ("Dutch", "Germanic"), "pl": ("Polish", "Slavic"),
-    "pt": ("Portuguese", "Romance"), "ro": ("Romanian", "Romance"), "ru": ("Russian", "Slavic"),
-    "tr": ("Turkish", "Turkic"), "uk": ("Ukrainian", "Slavic"), "vi": ("Vietnamese", "Austroasiatic"),
-    "zh": ("Chinese (simplified)", "Sinitic"), "zh-Hant": ("Chinese (traditional)", "Sinitic")}
-
-# One teacher is trained per cluster of related languages; every cluster shares English, Spanish and French, as in Aya
-# Expanse. The paper's exact clusters are not published: these keep families and scripts together and are ours.
-SHARED = ["en", "es", "fr"]
-CLUSTERS = {"western": ["de", "nl", "it", "pt", "ro"] + SHARED, "eastern": ["cs", "pl", "ru", "uk", "el"] + SHARED,
-            "mideast": ["ar", "he", "fa", "tr", "hi"] + SHARED,
-            "asian": ["zh", "zh-Hant", "ja", "ko", "vi", "id"] + SHARED}
+from languages import CLUSTERS, LANGUAGES, SHARED  # noqa: F401  of the rows; others take them from here
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows

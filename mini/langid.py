@@ -29,16 +29,19 @@ class LanguageModel:
         text = f" {text.lower().strip()} "
         return [text[i:i + n] for n in (1, 2, 3) for i in range(len(text) - n + 1)]
 
+    def scores(self, text):
+        """{language: log-likelihood of the text's n-grams, in nats}: differences say how sure a verdict is."""
+        grams = self.grams(text)
+        return {l: len(grams) * self.floor[l] + sum(gain.get(g, 0.0) for g in grams) for l, gain in self.gain.items()}
+
     def identify(self, text):
         """The likeliest language of a text; None for an empty one."""
-        if not text.strip():
-            return None
-        return self._identify(text)
+        return self._identify(text) if text.strip() else None
 
     @functools.lru_cache(maxsize=100_000)
     def _identify(self, text):
-        grams = self.grams(text)
-        return max(self.gain, key=lambda l: len(grams) * self.floor[l] + sum(self.gain[l].get(g, 0.0) for g in grams))
+        scores = self.scores(text)
+        return max(scores, key=scores.get)
 
     @staticmethod
     @functools.cache
