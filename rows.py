@@ -135,8 +135,15 @@ class RowsOnDisk:
         self.path, self.places, self.file = path, array("Q"), None
 
     def scan(self):
-        """Yields (row, "file:line"), once, from the first row to the last."""
+        """Yields (row, "file:line") from the first row to the last: only what has come by can be asked for."""
+        self.places = array("Q")
         return read_jsonl(self.path, self.places)
+
+    def scanned(self):
+        """Itself, ready for use: every row has been seen to be JSON."""
+        for _ in self.scan():
+            pass
+        return self
 
     def __len__(self):
         return len(self.places)
