@@ -146,7 +146,7 @@ def score_file(path, models, cfg):
 def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
     """
     The teachers answer the prompts with these `numbers`, all of them or those that are picked, and the Arbiter scores ->
-    ([RowsOnDisk] of scored rows, {teacher: why it was given up}, (P,) bool: the sample that picks were made by).
+    ([RowsOnDisk] of scored rows, {teacher: why it was given up}, (P,) bool: the scored sample, which picks are fitted on).
     """
     ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
     languages = np.array(languages)
@@ -166,18 +166,18 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
         models = arbiters()
         files.extend(score_file(path, models, cfg) for path in paths)
 
-    sample = np.ones(len(numbers), bool)
-    if cfg.router != "reward":
-        known = cfg.router == "random" or cfg.learned or (cfg.router == "fixed" and set(languages.tolist()) <= set(picks.given))
-        sample = ~sample if known else sample_of(languages, cfg.scored)
-    if sample.any():
-        round_of(1, able & sample[:, None])
-    if not sample.all():
+    sample = sample_of(languages, cfg.scored)
+    if cfg.router == "random" or cfg.learned or (cfg.router == "fixed" and set(languages.tolist()) <= set(picks.given)):
+        sample[:] = False  # nothing has to be known
+    everybody = np.ones(len(numbers), bool) if cfg.router == "reward" else sample
+    if everybody.any():
+        round_of(1, able & everybody[:, None])
+    if not everybody.all():
         if sample.any():
             table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids)
             picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
         able = able & np.array([teacher.name not in stopped for teacher in pool])
-        rest = np.flatnonzero(~sample)
+        rest = np.flatnonzero(~everybody)
         chosen = picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
                             lambda i: prompts[numbers[rest[i]]]["prompt"])
         wanted = np.zeros(able.shape, bool)

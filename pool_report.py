@@ -59,26 +59,33 @@ def costs(table, asked):
     return int(asked.sum()), None if (tokens < 0).any() else int(tokens.sum())
 
 
-def compare(table, picks, test, prompt_of):
-    """{router or "teacher NAME": ...} on the prompts `test`: the routers' part of report.json."""
-    languages, asked, rows = table.languages.tolist(), table.asked(), np.arange(len(table.ids))
-    found = {"reward": (best_slot(table), table.there)}
-    for name in ROUTERS[1:] + tuple(f"teacher {t}" for t in table.teachers):
-        teacher = (np.full(len(rows), table.teachers.index(name.removeprefix("teacher "))) if name.startswith("teacher ") else
-                   picks.pick(name, table.ids, languages, asked, prompt_of))
+def choices(table, picks, prompt_of):
+    """
+    {router or "teacher NAME": (slots, paid)}: (P,) the slot it keeps for each prompt, -1 for none, and (P, S) bool which
+    completions it has to pay for.
+    """
+    languages, asked, found = table.languages.tolist(), table.asked(), {"reward": (best_slot(table), table.there)}
+    for name in ROUTERS[1:]:
+        teacher = picks.pick(name, table.ids, languages, asked, prompt_of)
         found[name] = best_slot(table, teacher), table.there & (table.owner == teacher[:, None])
-    score = np.where(np.isnan(table.judged), -np.inf, table.judged) if not np.isnan(table.judged).all() else (
-        np.where(table.may, table.scores, -np.inf))
-    of = lambda slots: np.where(slots >= 0, score[rows, slots], -np.inf)
-    baseline = f"teacher {table.teachers[picks.single]}"
-    base, out = of(found[baseline][0]), {}
+    for t, name in enumerate(table.teachers):
+        found[f"teacher {name}"] = best_slot(table, np.full(len(table.ids), t)), table.there & (table.owner == t)
+    return found
+
+
+def compare(table, picks, test, prompt_of):
+    """Routers and single teachers on the prompts `test`: -> (report.json's "routers", the teacher they are held against)."""
+    found, rows, baseline = choices(table, picks, prompt_of), np.arange(len(table.ids)), table.teachers[picks.single]
+    judge = table.scores if np.isnan(table.judged).all() else table.judged
+    of = lambda slots: np.where(slots >= 0, np.nan_to_num(judge[rows, slots], nan=-np.inf), -np.inf)  # no answer loses
+    base, out = of(found[f"teacher {baseline}"][0]), {}
     for name, (slots, paid) in found.items():
         mine, routed = of(slots), test & (slots >= 0)
         completions, tokens = costs(table, paid & test[:, None])
-        out[name] = {"reward": float(table.rewards[rows, slots][routed].mean()) if routed.any() else None,
+        out[name] = {"reward": float(table.scores[rows, slots][routed].mean()) if routed.any() else None,
                      "win_rate": interval(((mine > base) + 0.5 * (mine == base))[test]), "routed": int(routed.sum()),
                      "completions": completions, "tokens": tokens, "share": shares(table, slots, test)}
-    return out, baseline.removeprefix("teacher ")
+    return out, baseline
 
 
 def reward_spread(table):
