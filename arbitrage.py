@@ -38,7 +38,7 @@ from guards import GUARDS
 from languages import LANGUAGES
 from pool import Work, ask, read_prompts, sample_of
 from pool_page import page
-from pool_report import refused, samples_of, split, summary
+from pool_report import completed, refused, samples_of, summary
 from reward import load_reward_model, preference_row, read_audit, run_audit
 from routers import ROUTERS, Picks, best_slot, make_table
 from rows import RowsOnDisk
@@ -130,11 +130,18 @@ def write_data(cfg, folder, table, files, chosen):
     return paired
 
 
-def audited(cfg, arbiters):
-    """The Arbiter's audit, and the languages that are routed against its advice; ends if there are any, unless forced."""
+def audited(cfg, arbiters, path):
+    """The audit's table of the languages that are asked for, from `path` if the same rows were scored before."""
+    of = [cfg.languages, *map(fingerprint, cfg.audit)]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("of") == of:
+        return before["table"]
     rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
     table = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
-    return table, [language for language, t in table.items() if not t["trusted"] and language != "all"]
+    if common.is_main():
+        with atomic_file(path) as f:
+            json.dump({"of": of, "table": table}, f, ensure_ascii=False)
+    return table
 
 
 def check(cfg):
@@ -229,8 +236,7 @@ def main(cfg):
 
         # 2) can the Arbiter be trusted? before anything is paid for
         if cfg.audit:
-            rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
-            audit = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
+            audit = audited(cfg, arbiters, work.folder / "audit.json")
             asked = {prompts[n]["language"] for n in numbers}
             untrusted = [language for language in audit if language in asked and not audit[language]["trusted"]]
             if untrusted and not cfg.force:
@@ -253,8 +259,10 @@ def main(cfg):
         die("there is nothing to route, the guards refuse every completion: " + "; ".join(
             f"{name} " + ", ".join(f"{guard} {n}" for guard, n in sorted(of["all"].items()) if guard not in ("n", "dropped"))
             for name, of in counted.items()) + " (truncated: raise --max_new_tokens; --guards names what is refused)")
-    if cfg.completions and cfg.router in ("fixed", "single", "learned") and not cfg.learned:
-        picks.fit(table, split(table, sample)[0], prompt_of)
+    given = cfg.learned or (cfg.router == "fixed" and set(table.languages.tolist()) <= set(picks.given))
+    if cfg.router in ("fixed", "single", "learned") and not given:
+        done = completed(table)
+        picks.fit(table, next(rows for rows in (sample & done, done, sample | True) if rows.any()), prompt_of)
     chosen = chosen_slots(cfg, table, picks, prompt_of)
 
     # 5) files and report

@@ -109,6 +109,15 @@ class Work:
             die(f"{self.folder} holds an unfinished run with another {', another '.join(changed)}: give again what it had to go "
                 "on, another --out to begin another, or --resume never to throw it away")
 
+    def once(self, name, make):
+        """make() (a value for JSON), or what it was when this run was begun: on every rank what rank 0 has in the folder."""
+        if common.is_main() and not (self.folder / name).exists():
+            found = make()
+            with atomic_file(self.folder / name) as f:
+                json.dump(found, f, ensure_ascii=False)
+        common.barrier()
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
     def file(self, teacher, number):
         """Where a teacher's answers of round `number` are."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", teacher.name)[:60]
@@ -173,13 +182,17 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
     if everybody.any():
         round_of(1, able & everybody[:, None])
     if not everybody.all():
-        if sample.any():
-            table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids)
-            picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
         able = able & np.array([teacher.name not in stopped for teacher in pool])
         rest = np.flatnonzero(~everybody)
-        chosen = picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
-                            lambda i: prompts[numbers[rest[i]]]["prompt"])
+
+        def pick():
+            if sample.any():
+                table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids)
+                picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
+            return picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
+                              lambda i: prompts[numbers[rest[i]]]["prompt"]).tolist()
+        # kept: a teacher that comes back to life must not move prompts that were asked already, nor ranks disagree
+        chosen = np.array(work.once("picks.json", pick))
         wanted = np.zeros(able.shape, bool)
         wanted[rest[chosen >= 0], chosen[chosen >= 0]] = True
         round_of(2, wanted)
