@@ -23,6 +23,7 @@ import torch
 
 import common
 from asking import check_sampling, complete_file
+from cache import slot_bytes
 from chat import Chat
 from common import die, init_distributed, parse_config, print0
 from data import read_rows, write_rows
@@ -78,18 +79,16 @@ class Stop:
 
 def slots_that_fit(model, wanted, capacity):
     """On a GPU, as many sequences as half of the free memory holds keys and values of: prompts need some beside."""
-    weight, cfg = next(model.parameters()), model.cfg
+    weight = next(model.parameters())
     if not weight.is_cuda:
         return wanted
-    size = 2 * weight.element_size() * cfg.num_key_value_heads * cfg.head_dim * sum(
-        min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers))
-    return max(1, min(wanted, torch.cuda.mem_get_info()[0] // 2 // size))
+    return max(1, min(wanted, torch.cuda.mem_get_info()[0] // 2 // slot_bytes(model.cfg, capacity, weight.dtype)))
 
 
 def sampling(model, prompts, max_new_tokens, temperature, top_p, samples, stop, seed, prompt_keys, batch_size, vocab_size,
              min_p):
     """
-    Yields (prompt, sample, id, log-prob, has it ended) token by token, completions in no order: waiting prompts take the
+    Yields (prompt, sample, id, log-prob, was it the last) token by token, completions in no order: waiting prompts take the
     slots of those that have ended.
     """
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
@@ -119,8 +118,8 @@ def sampling(model, prompts, max_new_tokens, temperature, top_p, samples, stop, 
                 die(f"sampling: the logits of prompt {i + 1} of {len(prompts)} are not numbers; check the checkpoint")
             ids = made.setdefault((i, k), [])
             ids.append(token)
-            over = stop(ids)
-            if over or len(ids) == max_new_tokens:
+            over = stop(ids) or len(ids) == max_new_tokens
+            if over:
                 ended.append(slot)
                 del work[slot], made[i, k]
             yield i, k, token, logp, over
@@ -146,12 +145,11 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
     made, scores = ([[[] for _ in range(samples)] for _ in prompts] for _ in range(2))
     if prompts:
         bar = common.progress(None, "sampling", len(prompts) * samples)
-        for i, k, token, logp, ended in sampling(model, prompts, max_new_tokens, temperature, top_p, samples,
+        for i, k, token, logp, last in sampling(model, prompts, max_new_tokens, temperature, top_p, samples,
                                                  stop or Stop(stop_ids), seed, prompt_keys, batch_size, vocab_size, min_p):
             made[i][k].append(token)
             scores[i][k].append(logp)
-            if ended or len(made[i][k]) == max_new_tokens:
-                bar.update()
+            bar.update(last)
     return (made, scores) if logps else made
 
 
