@@ -12,7 +12,7 @@ from languages import CLUSTERS, LANGUAGES, SHARED
 RIGHT_TO_LEFT = ("ar", "fa", "he")
 OPEN_FIRST = ("ar", "hi", "ja", "he", "de", "fa")  # languages whose samples are unfolded when the page loads
 
-# Control characters are shown by their pictures; half a surrogate pair, which no file can hold, by the sign for "broken"
+# Control characters are shown by their pictures; half a surrogate pair, which no file can hold, as a broken character
 PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(
     (*range(0x7F, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
@@ -281,6 +281,7 @@ td[style]{background:color-mix(in srgb,var(--accent) var(--shade),transparent)}
 @media(max-width:46rem){.tiles,.pair,.trio,.answers{grid-template-columns:1fr}.columns{columns:1}
 .row,.columns .row,.trio .row,.pair figure+figure .row{grid-template-columns:6.6rem minmax(0,1fr) 5rem;gap:.6rem;
 font-size:.85rem}.pair figure+figure .label{display:block}
+tbody th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:6.4rem}
 .pair .label small,.pair .empty,text:nth-child(even){display:none}.claims li{grid-template-columns:1rem 1fr}
 .claims li b+span+b{grid-column:2}}
 </style>""")
