@@ -44,6 +44,11 @@ def listed(parts):
     return [[", " if i else "", part] for i, part in enumerate(parts)]
 
 
+def text_of(tree, field):
+    """The string at tree[field], else None; empty is none."""
+    return tree[field] if isinstance(tree.get(field), str) and tree[field] else None
+
+
 def teachers_of(report):
     """The pool, in the order it was given; then who is only met further down."""
     found = list(branch(report, "teachers"))
@@ -66,7 +71,7 @@ def is_alone(router):
 def label_of(router, report):
     if is_alone(router):
         return f"{router.removeprefix('teacher ')} alone"
-    return f"{router} (used)" if router == report.get("router") else router
+    return f"{router} (used)" if router == text_of(report, "router") else router
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,26 +79,26 @@ def label_of(router, report):
 
 def headline(report):
     """Title, what happened in words, three numbers to remember, and the teachers that were given up."""
-    router, teachers = report.get("router"), teachers_of(report)
+    router, teachers = text_of(report, "router"), teachers_of(report)
     who, _, how = ROUTERS.get(router, (f"router {router}" if router else None, "", None))
     spoken = len({c.split("-")[0] for c in languages_of(report, "languages")})  # Chinese is one, in two scripts
     title = [count(len(teachers), "teacher") if teachers else "A pool of teachers",
              f", {count(spoken, 'language')}" if spoken else None, f": {who}" if who else None]
     prompts, routed, pairs, twice = (number(report, k) for k in ("prompts", "routed", "pairs", "duplicates"))
-    kind = PAIRS.get(report.get("pairs_from"))
+    kind = PAIRS.get(text_of(report, "pairs_from"))
     words = [f"{count(prompts, 'prompt')}{f', {count(twice)} duplicates left out' if twice else ''}. "
              if prompts is not None else None,
              f"{how} " if how else None,
              f"{count(routed, 'prompt')} got an answer. " if routed is not None else None,
              f"{count(pairs, 'pair')} to learn preferences from{f': {kind}' if kind else ''}." if pairs is not None
              else None]
-    win, baseline = win_rate(report, "routers", router, "win_rate"), branch(report, "compared").get("baseline")
+    win, baseline = win_rate(report, "routers", router, "win_rate"), text_of(branch(report, "compared"), "baseline")
     numbers = [prompts and routed is not None and (
                    percent(routed / prompts), f"of the prompts got an answer: {count(routed)} of {count(prompts)}"),
                win and (percent(win[0]), ["win rate against ", name(baseline or "the best single teacher"),
                                           ", 95 % interval ", win_text(win)[2]]),
                pairs is not None and (count(pairs), "preference pairs")]
-    given_up = [(t, row["stopped"]) for t in teachers if (row := branch(report, "teachers", t)).get("stopped")]
+    given_up = [(t, why) for t in teachers if (why := text_of(branch(report, "teachers", t), "stopped"))]
     return h("header", h("p", "nanoaya, arbitrage", class_="eyebrow"), h("h1", title),
              h("p", words, class_="lead"),
              [h("p", h("b", "Given up: "), name(t), ", after ",
@@ -106,8 +111,10 @@ def audit(report):
     """How often the Arbiter is right where that is known, and where it is trusted although it should not be."""
     found = branch(report, "audit")
     rates = {c: win_rate([number(found, c, k) for k in ("accuracy", "low", "high")]) for c in found}
-    forced = [c for c in report.get("forced") or [] if isinstance(c, str)]
-    doubted = [c for c in languages_of(found) if branch(found, c).get("trusted") is False]
+    forced = report["forced"] if isinstance(report.get("forced"), list) else []
+    trusted = {c: {True: "yes", False: "no" + ", but routed" * (c in forced)}.get(number(found, c, "trusted"), "–")
+               for c in found}
+    doubted = [c for c in languages_of(found) if trusted[c][:2] == "no"]
     axis = Axis(middle="mark")
 
     def row(c):
@@ -119,7 +126,7 @@ def audit(report):
     link = {c: v for c in languages_of(found) if (v := number(found, c, "length_correlation")) is not None}
     longest = max(link, key=lambda c: abs(link[c]), default=None)
     notes = [doubted and ["No better than a coin, so not trusted: ", ", ".join(map(name_of, doubted)), ". "],
-             forced and ["Routed by reward all the same, because it was asked for: ", ", ".join(map(name_of, forced)),
+             forced and ["Routed by reward all the same, because it was asked for: ", ", ".join(name_of(str(c)) for c in forced),
                          ". "],
              link and f"Reward and the length of the answer go together most in {name_of(longest)} (correlation "
              f"{plain(link[longest])}): near 1, the Arbiter pays for length."]
@@ -127,8 +134,7 @@ def audit(report):
     judged = any(number(found, c, "agreement") is not None for c in found)
     rows = [[name_of(c) if c != "all" else "all languages", percent(number(found, c, "accuracy")),
              win_text(rates[c])[2] if rates[c] else "–", count(number(found, c, "n")),
-             {True: "yes", False: "no" + ", but routed" * (c in forced)}.get(branch(found, c).get("trusted"), "–"),
-             *[plain(number(found, c, k)) for k in ("mean", "spread", "length_correlation")],
+             trusted[c], *[plain(number(found, c, k)) for k in ("mean", "spread", "length_correlation")],
              *[percent(number(found, c, "agreement"))] * judged]
             for c in (["all"] if "all" in found else []) + languages_of(found)]
     return [h("p", [n for n in notes if n], class_="lead") if any(notes) else None,
@@ -158,7 +164,7 @@ def heat(caption, share, teachers):
 
 def shares(report):
     """The routing that was used; folded away, what the other routers would have done."""
-    teachers, used = teachers_of(report), report.get("router")
+    teachers, used = teachers_of(report), text_of(report, "router")
     caption = "Of the prompts in a language, the share that each teacher answers; a dot is none."
     tables = {r: heat(caption, branch(report, "routers", r, "share"), teachers) for r in branch(report, "routers")
               if r == used or not is_alone(r)}
@@ -173,15 +179,15 @@ def comparison(report):
     far = float("inf")
     order = sorted(routers, key=lambda r: (cost[r] if cost[r] is not None else far, wins[r][0] if wins[r] else 0))
     ways, alone = [r for r in order if not is_alone(r)], [r for r in order if is_alone(r)]
-    baseline = compared.get("baseline") or "the best single teacher"
+    baseline = text_of(compared, "baseline") or "the best single teacher"
     axis = Axis(high=max([1] + [c for c in cost.values() if c is not None]), show=short)
-    judge = compared.get("judged_by") or report.get("judge")
-    own = judge and str(judge).rstrip("/") == str(report.get("arbiter")).rstrip("/")
+    judge = text_of(compared, "judged_by") or text_of(report, "judge")
+    own = judge and judge.rstrip("/") == (text_of(report, "arbiter") or "").rstrip("/")
     prompts = count(number(compared, "prompts"), "prompt")
     words = [prompts != "–" and [f"Compared on {prompts}", {
                  True: ", none of which the routers fixed and learned were fitted on. ",
                  False: ", on some of which the routers fixed and learned were fitted: that flatters them. "}.get(
-                     compared.get("held_out"), ". ")],
+                     number(compared, "held_out"), ". ")],
              judge and ["The judge is ", name(judge), ". " if not own else [
                  ", the Arbiter itself. ", h("b", "So the win rate of the router reward is biased by construction"),
                  ": it keeps the answers that this judge likes best, whether or not they are better. Only a second "
@@ -289,7 +295,7 @@ def answer(candidate, code, role):
     mark = {"chosen": h("b", "✓ chosen", class_="good"), "rejected": h("b", "✗ rejected", class_="bad")}.get(role)
     flags = candidate.get("flags") if isinstance(candidate.get("flags"), list) else []
     stopped = "stopped by a guard: " + ", ".join(GUARDS.get(str(f), str(f)) for f in flags)
-    return h("div", h("h4", name(candidate.get("teacher", "?")), " ", mark, " reward ",
+    return h("div", h("h4", name(text_of(candidate, "teacher") or "?"), " ", mark, " reward ",
                       plain(number(candidate, "reward"))),
              h("p", stopped, class_="drop", dir="ltr") if flags else None,
              quote(candidate.get("completion"), code, "text"))
@@ -310,8 +316,7 @@ def side_by_side(samples):
     rows = {}
     for row in samples or []:
         if isinstance(row, dict):
-            code = row.get("language")
-            rows.setdefault(code if isinstance(code, str) else "", []).append(row)
+            rows.setdefault(text_of(row, "language") or "", []).append(row)
     codes = sorted(rows, key=lambda c: ([*OPEN_FIRST, c].index(c), name_of(c)))
     return [h("details", h("summary", h("b", name_of(c) or "In a language that is not named"), " ", h(
                   "small", count(min(len(rows[c]), SAMPLES), "prompt"))),
@@ -322,8 +327,8 @@ def side_by_side(samples):
 def tables(report):
     """What was asked and what was made of it, by teacher and by language."""
     pool = branch(report, "teachers")
-    rows = [[t, str(branch(pool, t).get("model") or "–"), *[count(number(pool, t, k)) for k in (
-        "completions", "failed", "tokens")], "given up" if branch(pool, t).get("stopped") else "whole"] for t in pool]
+    rows = [[t, text_of(branch(pool, t), "model") or "–", *[count(number(pool, t, k)) for k in (
+        "completions", "failed", "tokens")], "given up" if text_of(branch(pool, t), "stopped") else "whole"] for t in pool]
     codes = languages_of(report, "languages")
     counts = [[name_of(c), *[count(number(report, "languages", c, k)) for k in ("prompts", "routed", "pairs")]]
               for c in codes]
