@@ -195,7 +195,7 @@ def tiles(*named):
 
 def quote(text, code, class_):
     """What a person or a model wrote: isolated from the text around it, its language and direction declared."""
-    text = text[-1] if isinstance(text, list) and text else text  # chat messages: the last one
+    text = (text or [None])[-1] if isinstance(text, list) else text  # chat messages: the last one
     text = text.get("content") if isinstance(text, dict) else text
     text = "" if text is None else str(text)
     text = text if len(text) <= 300 else f"{text[:300]}… ({len(text)} characters)"

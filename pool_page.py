@@ -112,6 +112,7 @@ def audit(report):
     found = branch(report, "audit")
     rates = {c: win_rate([number(found, c, k) for k in ("accuracy", "low", "high")]) for c in found}
     forced = report["forced"] if isinstance(report.get("forced"), list) else []
+    forced = [c for c in forced if isinstance(c, str)]
     trusted = {c: {True: "yes", False: "no" + ", but routed" * (c in forced)}.get(number(found, c, "trusted"), "–")
                for c in found}
     doubted = [c for c in languages_of(found) if trusted[c][:2] == "no"]
@@ -126,7 +127,7 @@ def audit(report):
     link = {c: v for c in languages_of(found) if (v := number(found, c, "length_correlation")) is not None}
     longest = max(link, key=lambda c: abs(link[c]), default=None)
     notes = [doubted and ["No better than a coin, so not trusted: ", ", ".join(map(name_of, doubted)), ". "],
-             forced and ["Routed by reward all the same, because it was asked for: ", ", ".join(name_of(str(c)) for c in forced),
+             forced and ["Routed by reward all the same, because it was asked for: ", ", ".join(map(name_of, forced)),
                          ". "],
              link and f"Reward and the length of the answer go together most in {name_of(longest)} (correlation "
              f"{plain(link[longest])}): near 1, the Arbiter pays for length."]
@@ -294,10 +295,10 @@ def answer(candidate, code, role):
     """One teacher's answer: what became of it, its reward, what the guards say, its text."""
     mark = {"chosen": h("b", "✓ chosen", class_="good"), "rejected": h("b", "✗ rejected", class_="bad")}.get(role)
     flags = candidate.get("flags") if isinstance(candidate.get("flags"), list) else []
-    stopped = "stopped by a guard: " + ", ".join(GUARDS.get(str(f), str(f)) for f in flags)
+    flags = [GUARDS.get(f, f) for f in flags if isinstance(f, str)]
     return h("div", h("h4", name(text_of(candidate, "teacher") or "?"), " ", mark, " reward ",
                       plain(number(candidate, "reward"))),
-             h("p", stopped, class_="drop", dir="ltr") if flags else None,
+             h("p", "stopped by a guard: ", ", ".join(flags), class_="drop", dir="ltr") if flags else None,
              quote(candidate.get("completion"), code, "text"))
 
 
@@ -327,8 +328,9 @@ def side_by_side(samples):
 def tables(report):
     """What was asked and what was made of it, by teacher and by language."""
     pool = branch(report, "teachers")
-    rows = [[t, text_of(branch(pool, t), "model") or "–", *[count(number(pool, t, k)) for k in (
-        "completions", "failed", "tokens")], "given up" if text_of(branch(pool, t), "stopped") else "whole"] for t in pool]
+    rows = [[t, text_of(branch(pool, t), "model") or "–",
+             *[count(number(pool, t, k)) for k in ("completions", "failed", "tokens")],
+             "given up" if text_of(branch(pool, t), "stopped") else "whole"] for t in pool]
     codes = languages_of(report, "languages")
     counts = [[name_of(c), *[count(number(report, "languages", c, k)) for k in ("prompts", "routed", "pairs")]]
               for c in codes]
