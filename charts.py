@@ -276,7 +276,7 @@ table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:.35rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}th{font-weight:500}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}caption{text-align:left;padding:.4rem 0}
 .heat thead th{white-space:normal;overflow-wrap:anywhere;min-width:4.4rem;vertical-align:bottom}
-.whisker{stroke:var(--muted);stroke-width:2}.drop{color:var(--bad);font-size:.8rem}
+h3,bdi,footer{overflow-wrap:anywhere}.whisker{stroke:var(--muted);stroke-width:2}.drop{color:var(--bad);font-size:.8rem}
 td[style]{background:color-mix(in srgb,var(--accent) var(--shade),transparent)}
 @media(max-width:46rem){.tiles,.pair,.trio,.answers{grid-template-columns:1fr}.columns{columns:1}
 .row,.columns .row,.trio .row,.pair figure+figure .row{grid-template-columns:6.6rem minmax(0,1fr) 5rem;gap:.6rem;

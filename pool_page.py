@@ -126,11 +126,10 @@ def audit(report):
     everything = rates.get("all") and axis.duel("All languages", rates["all"], height=44)
     link = {c: v for c in languages_of(found) if (v := number(found, c, "length_correlation")) is not None}
     longest = max(link, key=lambda c: abs(link[c]), default=None)
-    notes = [doubted and ["No better than a coin, so not trusted: ", ", ".join(map(name_of, doubted)), ". "],
-             forced and ["Routed by reward all the same, because it was asked for: ", ", ".join(map(name_of, forced)),
-                         ". "],
+    notes = [doubted and ["Not surely better than a coin, so not trusted: ", ", ".join(map(name_of, doubted)), ". "],
+             forced and ["Routed by its rewards all the same: ", ", ".join(map(name_of, forced)), ". "],
              link and f"Reward and the length of the answer go together most in {name_of(longest)} (correlation "
-             f"{plain(link[longest])}): near 1, the Arbiter pays for length."]
+             f"{plain(link[longest])}): near 1 the Arbiter pays for length, near −1 for brevity."]
     head = ["language", "right", "95 % interval", "pairs", "trusted", "mean reward", "spread", "with length"]
     judged = any(number(found, c, "agreement") is not None for c in found)
     rows = [[name_of(c) if c != "all" else "all languages", percent(number(found, c, "accuracy")),
@@ -357,9 +356,9 @@ def page(report, samples):
         ("What they wrote", f"The same prompt, answered by every teacher; of each language {SAMPLES} prompts at "
          "most.", side_by_side(samples)),
         ("All numbers", None, tables(report))]
-    facts = [(label, report.get(field)) for label, field in (
-        ("Arbiter", "arbiter"), ("judge", "judge"), ("commit", "commit"), ("", "hardware"), ("seed", "seed"))]
-    facts = [f"{label} {value}".strip() for label, value in facts if value not in (None, "")]
-    seconds = number(report, "seconds")
-    return document("nanoaya: arbitrage", headline(report), sections,
-                    " · ".join(facts + [duration(seconds)] * (seconds is not None)))
+    seconds, seed = number(report, "seconds"), number(report, "seed")
+    facts = [f"{label} {value}".strip() for label, field in (
+        ("Arbiter", "arbiter"), ("judge", "judge"), ("commit", "commit"), ("", "hardware"))
+        if (value := text_of(report, field))]
+    facts += [f"seed {seed}"] * (seed is not None) + [duration(seconds)] * (seconds is not None)
+    return document("nanoaya: arbitrage", headline(report), sections, " · ".join(facts))
