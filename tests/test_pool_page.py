@@ -321,15 +321,15 @@ def test_what_is_missing_is_left_out(report):
 
 
 def test_every_key_may_be_missing_or_broken():
-    codes = ("de", "he", "zh", "sw")
-    whole, samples = synthetic_report(codes=codes), synthetic_samples(codes=codes)
+    some = (TEACHERS[:2], ("he", "sw"))
+    whole, samples = synthetic_report(*some), synthetic_samples(*some)
     rng = random.Random(0)
 
     def places(tree, path=()):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
         return [p for k, v in items for p in [path + (k,), *places(v, path + (k,))]]
 
-    for path in rng.sample([p for p in places({"report": whole, "samples": samples}) if len(p) > 1], 250):
+    for path in rng.sample([p for p in places({"report": whole, "samples": samples}) if len(p) > 1], 150):
         for new in (None, rng.choice([float("nan"), float("inf"), {}, [], "", 7])):
             both = copy.deepcopy({"report": whole, "samples": samples})
             parent = functools.reduce(lambda tree, key: tree[key], path[:-1], both)
