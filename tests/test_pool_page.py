@@ -85,6 +85,7 @@ def cells(html, caption):
     found = next(t for t in re.findall(r"<table>.*?</table>", html, re.S) if f"<caption>{caption}" in t)
     rows = [[words(c) for c in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)]
             for row in re.findall(r"<tr>(.*?)</tr>", found, re.S)]
+    assert len({row[0] for row in rows}) == len(rows) and "all" not in [row[0] for row in rows]  # no language
     return {None: rows[0][1:]} | {row[0]: row[1:] for row in rows[1:]}
 
 
@@ -338,6 +339,26 @@ def test_every_key_may_be_missing_or_broken():
             Page(html)
             if new is None or isinstance(old, (int, float)):
                 assert not re.search(NOT_WORDS, words(html)), (path, new)
+
+
+def test_nothing_where_something_was():
+    some = (TEACHERS[:2], ("he", "sw"))
+    report, samples = synthetic_report(*some), synthetic_samples(*some)
+    for t in some[0]:
+        report["rewards"][t]["all"]["quantiles"] = [0.0] * 5  # teachers that never differ
+    report["routers"]["reward"]["share"]["he"] = None
+    for k in ("win_rate", "completions"):
+        report["routers"]["learned"][k] = None
+    report["audit"]["sw"]["low"] = None
+    for c in samples[0]["candidates"]:
+        c |= {"flags": [None], "reward": None, "completion": None}
+    html = pool_page.page(report, samples)
+    assert list(cells(html, "Of the prompts")) == [None, "sw", "mean"]
+    assert cells(html, "Every router")["learned"][1:3] == ["–", "–"] and cells(html, "With length")["sw"][1] == "–"
+    card = words(re.search(r"<article.*?</article>", html, re.S)[0])
+    assert card.count("(empty)") == card.count("reward –") == 2 and "guard" not in card
+    assert {a["cx"] for a in Page(html).find("circle", class_="even")} >= {"50.00%"}
+    assert not re.search(NOT_WORDS, words(html))
 
 
 @pytest.mark.parametrize("n,codes", [(1, ["de"]), (2, ["sw", "xx"]), (30, list(LANGUAGES))])
