@@ -142,6 +142,15 @@ def test_headline(html, page, report):
     assert "Given up: teacher-asian, after 1 completion: 20 of 20 answers cut off" in text
 
 
+def test_intervals_are_drawn():
+    """Of the audit, from 0 to 100 %, and green or red only where all of it is on one side of 50 %."""
+    for low, high, side in ((0.41, 0.49, "worse"), (0.46, 0.54, "even"), (0.51, 0.61, "better")):
+        page = Page(pool_page.page({"audit": {"de": {"accuracy": (low + high) / 2, "low": low, "high": high}}}, []))
+        line, = page.find("line", class_=f"interval {side}")
+        assert (line["x1"], line["x2"]) == (f"{100 * low:.2f}%", f"{100 * high:.2f}%")
+        assert [a["cx"] for a in page.find("circle", class_=side)] == [f"{50 * (low + high):.2f}%"]
+
+
 def test_audit_in_words_and_numbers(html, report):
     text = words(html)
     assert "Not surely better than a coin, so not trusted: Hebrew." in text
@@ -266,9 +275,10 @@ def test_long_and_short_samples():
     text = words(pool_page.page({}, [row] * 9))
     assert text.count("✓ chosen") == text.count("✗ rejected") == 3 and text.count("and 24 more answers") == 3
     assert text.count("x" * 300 + "… (5000 characters)") == 3 and "x" * 301 not in text
-    order = re.findall(r"(t\d+) (?:. \w+ )?reward", text)[:6]
+    order = re.findall(r"(t\d+) (?:. \w+ )?reward", text)
+    assert len(order) == 3 * 6
     others = sorted((i for i in range(30) if i not in (17, 29)), key=lambda i: -row["candidates"][i]["reward"])
-    assert order == ["t17", "t29", *[f"t{i}" for i in others[:4]]]
+    assert order[:6] == ["t17", "t29", *[f"t{i}" for i in others[:4]]]
 
 
 def poisoned(tree):
