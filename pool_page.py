@@ -20,9 +20,11 @@ ROUTERS = {  # router: who chooses (the title), in a few words (a chart), in a s
                "One teacher for everything: the one with the highest mean reward."),
     "oracle": ("the oracle chooses", "an upper bound", "The best answer that the pool had to give: an upper bound.")}
 PAIRS = {"best_worst": "the best answer of the pool against the worst",
+         "contrast": "the answers of one teacher against those of another",
          "translation": "the chosen answer against a translation"}
 GUARDS = {"truncated": "cut off", "empty": "empty", "language": "wrong language", "script": "wrong script",
-          "repeated": "in a loop", "copied": "copies the prompt", "role_tokens": "chat tokens"}  # guards.py
+          "repeated": "in a loop", "copied": "copies the prompt", "role_tokens": "chat tokens",  # guards.py
+          "failed": "no answer"}
 SAMPLES, ANSWERS = 3, 6  # most of a language's prompts, and of a prompt's answers, that are shown
 
 
@@ -53,8 +55,8 @@ def teachers_of(report):
     """The pool, in the order it was given; then who is only met further down."""
     found = list(branch(report, "teachers"))
     found += [t for part in ("rewards", "guards") for t in branch(report, part)]
-    found += [t for r in branch(report, "routers") for row in branch(report, "routers", r, "share").values()
-              for t in (row if isinstance(row, dict) else ())]
+    given = [branch(report, "share"), *[branch(report, "routers", r, "share") for r in branch(report, "routers")]]
+    found += [t for share in given for language in share for t in branch(share, language)]
     return list(dict.fromkeys(found))
 
 
@@ -86,23 +88,22 @@ def headline(report):
              f", {count(spoken, 'language')}" if spoken else None, f": {who}" if who else None]
     prompts, routed, pairs, twice = (number(report, k) for k in ("prompts", "routed", "pairs", "duplicates"))
     kind = PAIRS.get(text_of(report, "pairs_from"))
-    words = [f"{count(prompts, 'prompt')}{f', {count(twice)} duplicates left out' if twice else ''}. "
+    words = [[count(prompts, "prompt"), f", {count(twice, 'duplicate')} left out" if twice else None, ". "]
              if prompts is not None else None,
              f"{how} " if how else None,
-             f"{count(routed, 'prompt')} got an answer. " if routed is not None else None,
              f"{count(pairs, 'pair')} to learn preferences from{f': {kind}' if kind else ''}." if pairs is not None
              else None]
     win, baseline = win_rate(report, "routers", router, "win_rate"), text_of(branch(report, "compared"), "baseline")
     numbers = [prompts and routed is not None and (
-                   percent(routed / prompts), f"of the prompts got an answer: {count(routed)} of {count(prompts)}"),
+                   count(routed), f"of {count(prompts, 'prompt')} got an answer that could be used"),
                win and (percent(win[0]), ["win rate against ", name(baseline or "the best single teacher"),
                                           ", 95 % interval ", win_text(win)[2]]),
                pairs is not None and (count(pairs), "preference pairs")]
     given_up = [(t, why) for t in teachers if (why := text_of(branch(report, "teachers", t), "stopped"))]
     return h("header", h("p", "nanoaya, arbitrage", class_="eyebrow"), h("h1", title),
              h("p", words, class_="lead"),
-             [h("p", h("b", "Given up: "), name(t), ", after ",
-                count(number(report, "teachers", t, "completions"), "completion"), ": ", name(why), class_="toy")
+             [h("p", h("b", "Given up: "), name(t), "; answers kept: ",
+                count(number(report, "teachers", t, "completions")), ". Why: ", name(why), class_="toy")
               for t, why in given_up],
              tiles(*numbers))
 
@@ -168,8 +169,11 @@ def shares(report):
     caption = "Of the prompts in a language, the share that each teacher answers; a dot is none."
     tables = {r: heat(caption, branch(report, "routers", r, "share"), teachers) for r in branch(report, "routers")
               if r == used or not is_alone(r)}
-    return [tables.pop(used, None), [h("details", h("summary", "Router ", h("b", r), " ", h(
-        "small", ROUTERS[r][2] if r in ROUTERS else None)), part) for r, part in tables.items() if part]]
+    compared = tables.pop(used, None)  # on fewer prompts than were routed
+    about = {r: h("small", ROUTERS[r][2]) for r in ROUTERS}
+    return [heat(caption, branch(report, "share"), teachers) or compared,
+            [h("details", h("summary", "Router ", h("b", r), " ", about.get(r)), part)
+             for r, part in tables.items() if part]]
 
 
 def comparison(report):
@@ -183,11 +187,12 @@ def comparison(report):
     axis = Axis(high=max([1] + [c for c in cost.values() if c is not None]), show=short)
     judge = text_of(compared, "judged_by") or text_of(report, "judge")
     own = judge and judge.rstrip("/") == (text_of(report, "arbiter") or "").rstrip("/")
-    prompts = count(number(compared, "prompts"), "prompt")
+    prompts, fitted = count(number(compared, "prompts"), "prompt"), number(compared, "fitted_on")
+    held_out = True if fitted else number(compared, "held_out")
     words = [prompts != "–" and [f"Compared on {prompts}", {
-                 True: ", none of which the routers fixed and learned were fitted on. ",
-                 False: ", on some of which the routers fixed and learned were fitted: that flatters them. "}.get(
-                     number(compared, "held_out"), ". ")],
+                 True: f"; fixed, single and learned were fitted on {count(fitted) + ' ' if fitted else ''}others. ",
+                 False: ", some of which fixed, single and learned were fitted on: that flatters them. "}.get(
+                     held_out, ". ")],
              judge and ["The judge is ", name(judge), ". " if not own else [
                  ", the Arbiter itself. ", h("b", "So the win rate of the router reward is biased by construction"),
                  ": it keeps the answers that this judge likes best, whether or not they are better. Only a second "
@@ -353,8 +358,8 @@ def page(report, samples):
          "drawn is the distance to the other answers to the same prompt.", rewards(report)),
         ("What the guards stopped", "A reward model does not see every fault. An answer that is cut off, empty, in the "
          "wrong language or in a loop is dropped, whatever its reward.", guards(report)),
-        ("What they wrote", f"The same prompt, answered by every teacher; of each language {SAMPLES} prompts at "
-         "most.", side_by_side(samples)),
+        ("What they wrote", f"The same prompt, answered by every teacher: of each language {SAMPLES} prompts, "
+         "those on which the pool's rewards differ most.", side_by_side(samples)),
         ("All numbers", None, tables(report))]
     seconds, seed = number(report, "seconds"), number(report, "seed")
     facts = [f"{label} {value}".strip() for label, field in (

@@ -128,7 +128,7 @@ def test_charts_speak_and_stay_on_the_paper(page):
 def test_headline(html, page, report):
     assert page.text("h1").replace("\n", "") == "4 teachers, 23 languages: the Arbiter chooses"
     header = re.sub(r"\s+", " ", page.text("header"))
-    for part in ("4,392 prompts, 3 duplicates left out.", "4,380 prompts got an answer.", "4,100 pairs", "99.7%",
+    for part in ("4,392 prompts, 3 duplicates left out.", "4,380 of 4,392 prompts got an answer", "4,100 pairs",
                  "the best answer of the pool against the worst", "highest reward is kept",
                  f"{100 * report['routers']['reward']['win_rate'][0]:.1f}%"):
         assert part in header, part
@@ -139,7 +139,7 @@ def test_headline(html, page, report):
     other["teachers"]["teacher-asian"] |= {"stopped": "20 of 20 answers cut off", "completions": 1}
     text = words(pool_page.page(other, []))
     assert "the language chooses" in text and "the chosen answer against a translation" in text
-    assert "Given up: teacher-asian, after 1 completion: 20 of 20 answers cut off" in text
+    assert "Given up: teacher-asian; answers kept: 1. Why: 20 of 20 answers cut off" in text
 
 
 def test_intervals_are_drawn():
@@ -182,6 +182,11 @@ def test_who_answers_what(html, report):
             assert rows["mean"][i] == f"{100 * sum(row[t] for row in share.values()) / 24:.0f}%"
     shades = re.findall(r"--shade:(\d+)%\">(\d+)%", heat[0])
     assert len(shades) == 25 * 4 and all(abs(int(shade) - int(text) / 2) <= 1 for shade, text in shades)
+    mine = {"de": {"teacher-asian": 0.25, "another": 0.75}}  # of all that was routed, not only of what was compared
+    whole = pool_page.page(report | {"share": mine}, [])
+    assert cells(whole, "Of the prompts") == {None: ["teacher-asian", "another"], "German": ["25%", "75%"],
+                                              "mean": ["25%", "75%"]}
+    assert whole.count("<caption>Of the prompts in a language") == 6
     assert "Never chosen: teacher-eastern, teacher-mideast, teacher-asian." in words(html)  # by router single
 
 
@@ -197,13 +202,16 @@ def test_routers_are_compared(html, report):
     cost = [report["routers"][r]["completions"] for r in re.findall(r"(reward|fixed|learned|random|single|oracle)(?: "
             r"\(used\))?<small>", html)]
     assert len(cost) == 6 and cost == sorted(cost)
-    assert "Compared on 2,952 prompts, none of which" in text and "Win rate against teacher-western" in text
+    assert "Compared on 2,952 prompts; fixed, single and learned were fitted on others." in text
+    assert "Win rate against teacher-western" in text
     assert "The judge is out/mini/rm, the Arbiter itself" in text and "biased by construction" in text
     other = copy.deepcopy(report)
     other["compared"] |= {"judged_by": "out/other-rm", "held_out": False}
     text = words(pool_page.page(other, []))
     assert "biased by construction" not in text and "The judge is out/other-rm." in text
     assert "that flatters them" in text
+    other["compared"] |= {"fitted_on": 1234}
+    assert "were fitted on 1,234 others" in words(pool_page.page(other, []))
 
 
 def test_boxes_and_medians(html, page, report):
