@@ -70,6 +70,12 @@ def is_alone(router):
     return router.startswith("teacher ")
 
 
+def judge_of(report):
+    """-> (who judged the routers, or None; is it the Arbiter, which judges its own choice?)"""
+    judge = text_of(branch(report, "compared"), "judged_by") or text_of(report, "judge")
+    return judge, bool(judge) and judge.rstrip("/") == (text_of(report, "arbiter") or "").rstrip("/")
+
+
 def label_of(router, report):
     if is_alone(router):
         return f"{router.removeprefix('teacher ')} alone"
@@ -97,7 +103,8 @@ def headline(report):
     numbers = [prompts and routed is not None and (
                    count(routed), f"of {count(prompts, 'prompt')} got an answer that could be used"),
                win and (percent(win[0]), ["win rate against ", name(baseline or "the best single teacher"),
-                                          ", 95 % interval ", win_text(win)[2]]),
+                                          ", 95 % interval ", win_text(win)[2],
+                                          "; judged by the Arbiter itself" if judge_of(report)[1] else None]),
                pairs is not None and (count(pairs), "preference pairs")]
     given_up = [(t, why) for t in teachers if (why := text_of(branch(report, "teachers", t), "stopped"))]
     return h("header", h("p", "nanoaya, arbitrage", class_="eyebrow"), h("h1", title),
@@ -185,8 +192,7 @@ def comparison(report):
     ways, alone = [r for r in order if not is_alone(r)], [r for r in order if is_alone(r)]
     baseline = text_of(compared, "baseline") or "the best single teacher"
     axis = Axis(high=max([1] + [c for c in cost.values() if c is not None]), show=short)
-    judge = text_of(compared, "judged_by") or text_of(report, "judge")
-    own = judge and judge.rstrip("/") == (text_of(report, "arbiter") or "").rstrip("/")
+    judge, own = judge_of(report)
     prompts, fitted = count(number(compared, "prompts"), "prompt"), number(compared, "fitted_on")
     held_out = True if fitted else number(compared, "held_out")
     words = [prompts != "–" and [f"Compared on {prompts}", {
@@ -269,9 +275,9 @@ def guards(report):
     teachers = [t for t in teachers_of(report) if t in found]
 
     def add(kind, cells):
-        """A field summed over (teacher, language)s, where any has it."""
+        """A field summed over (teacher, language)s; a guard that is not named where answers were counted stopped none."""
         values = [v for t, c in cells if (v := number(found, t, c, kind)) is not None]
-        return sum(values) if values else None
+        return sum(values) if values or kind != "n" and add("n", cells) else None
 
     def cell(cells, kind):
         value, of = add(kind, cells), add("n", cells)

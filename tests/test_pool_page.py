@@ -204,11 +204,13 @@ def test_routers_are_compared(html, report):
     assert len(cost) == 6 and cost == sorted(cost)
     assert "Compared on 2,952 prompts; fixed, single and learned were fitted on others." in text
     assert "Win rate against teacher-western" in text
+    assert "; judged by the Arbiter itself" in text  # in the headline
     assert "The judge is out/mini/rm, the Arbiter itself" in text and "biased by construction" in text
     other = copy.deepcopy(report)
     other["compared"] |= {"judged_by": "out/other-rm", "held_out": False}
     text = words(pool_page.page(other, []))
-    assert "biased by construction" not in text and "The judge is out/other-rm." in text
+    assert "biased by construction" not in text and "judged by the Arbiter itself" not in text
+    assert "The judge is out/other-rm." in text
     assert "that flatters them" in text
     other["compared"] |= {"fitted_on": 1234}
     assert "were fitted on 1,234 others" in words(pool_page.page(other, []))
@@ -254,7 +256,9 @@ def test_guards_are_counted(html, report):
     for row in new["guards"].values():
         del row["all"]  # then it is added up
         row["de"]["rude"] = 1  # a guard that this page does not know
+        del row["de"]["copied"], row["fr"]["dropped"]  # not named: none
     rows = cells(pool_page.page(new, []), "Answers that each guard stops;")
+    assert cells(pool_page.page(new, []), "Dropped")["French"] == ["0"] * 4
     assert rows["teacher-asian"][0] == f"{24 * 183:,}"
     assert rows[None][-1] == "rude" and rows["teacher-asian"][-1][:2] == "1 "
 
