@@ -275,7 +275,7 @@ def guards(report):
     teachers = [t for t in teachers_of(report) if t in found]
 
     def add(kind, cells):
-        """A field summed over (teacher, language)s; a guard that is not named where answers were counted stopped none."""
+        """A field summed over (teacher, language)s; a guard not named where answers were counted stopped none."""
         values = [v for t, c in cells if (v := number(found, t, c, kind)) is not None]
         return sum(values) if values or kind != "n" and add("n", cells) else None
 
