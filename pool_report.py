@@ -122,6 +122,8 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
     kept, -1: none; paired (P,) bool.
     """
     guards, number = refused(counts), {}
+    arbiter = "whoever gave the rewards in " + " ".join(cfg.completions) if cfg.completions else cfg.reward_model
+    judged_by = arbiter if np.isnan(table.judged).all() else cfg.judge or "the judge_reward in these rows"
     for language in dict.fromkeys(table.languages.tolist()):
         at = table.languages == language
         number[language] = {"prompts": int(at.sum()), "routed": int((chosen[at] >= 0).sum()), "pairs": int(paired[at].sum())}
@@ -132,7 +134,7 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
                           "tokens": tokens}
     report = {"router": cfg.router, "pairs_from": "contrast" if cfg.contrast else "best_worst", "prompts": len(table.ids),
               "routed": int((chosen >= 0).sum()), "pairs": int(paired.sum()), "languages": number, "teachers": teachers,
-              "arbiter": cfg.reward_model, "judge": cfg.judge, "guards": guards, "rewards": reward_spread(table),
+              "arbiter": arbiter, "judge": "" if cfg.completions else cfg.judge, "guards": guards, "rewards": reward_spread(table),
               "unusable": sum(of["all"].get("dropped", 0) for of in guards.values()),
               "share": shares(table, chosen, np.ones(len(table.ids), bool))}
     fit, test = split(table, sample)
@@ -140,7 +142,6 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
         picks = Picks(picks.teachers, picks.given, picks.seed)  # not those that were used: they may have seen `test`
         picks.fit(table, fit, prompt_of)
         report["routers"], baseline = compare(table, picks, test, prompt_of)
-        judged_by = cfg.reward_model if np.isnan(table.judged).all() else cfg.judge or "the judge of an earlier run"
         report["compared"] = {"prompts": int(test.sum()), "fitted_on": int(fit.sum()), "baseline": baseline,
                               "judged_by": judged_by, "router_losses": picks.losses}
     return report
