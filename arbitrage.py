@@ -284,9 +284,10 @@ def main(cfg):
             if work:
                 with atomic_file(folder / "run.json") as f:
                     json.dump({"settings": settings, "config": dataclasses.asdict(cfg)}, f, ensure_ascii=False, indent=1)
-            say(cfg, report)
     if work:
         work.end(keep=bool(stopped))
+    if common.is_main():
+        say(cfg, report)
 
 
 if __name__ == "__main__":
