@@ -1,7 +1,7 @@
 """
 Which of the 23 languages is this? A character n-gram model per language, fitted on the shipped text when it is first used.
 
-A word's probability in a language is that of its characters, each given up to four before it: Witten-Bell smoothing
+A word's probability in a language is that of its characters, each given up to three before it: Witten-Bell smoothing
 mixes the orders, P(c | h) = (n(hc) + T(h) P(c | h without its first)) / (n(h) + T(h)), T(h) being how many different
 characters followed h. It is a real likelihood: unlike naive Bayes over overlapping n-grams it counts each character
 once, so a difference of scores says how sure a verdict is. bench/langid.py measures it on text that it has not read.
@@ -19,7 +19,7 @@ import numpy as np
 
 from mini.items import load_udhr, rows
 
-ORDER = 5  # a character and the four before it
+ORDER = 4  # a character and the three before it
 # The alphabets of 10,000 characters of text are incomplete, above all in Chinese; the old national encodings know them.
 CHARSETS = {"ar": "iso8859_6", "cs": "iso8859_2", "de": "iso8859_15", "el": "iso8859_7", "es": "iso8859_15",
             "fa": "cp1256", "fr": "iso8859_15", "he": "iso8859_8", "it": "iso8859_15", "ja": "shift_jis",
@@ -42,12 +42,17 @@ class _Plain(dict):
 _PLAIN = _Plain()
 
 
+def normal(text):
+    """NFKC of the words, 500 characters at a time: CPython sorts the marks on a letter in quadratic time."""
+    return re.sub(r"\S{1,500}", lambda m: unicodedata.normalize("NFKC", m[0]), text)
+
+
 def plain(text):
     """
-    Lower-cased NFC letters and "0" for every number, one space between words: what is written in several ways is one.
+    Lower-cased NFKC letters and "0" for every number, one space between words: what is written in several ways is one.
     Niqqud, harakat and tatweel go, and the dot that lower() leaves behind a Turkish capital I; \\u200c joins Persian.
     """
-    text = unicodedata.normalize("NFC", unicodedata.normalize("NFKC", text).lower()).translate(_PLAIN)
+    text = normal(normal(text).lower()).translate(_PLAIN)
     return " ".join(re.sub("0+", "0", text).split())
 
 
@@ -55,6 +60,13 @@ def _grams(word):
     """Per character of " word " behind the first: the n-grams that end with it, the longest first."""
     word = f" {word} "
     return [[word[i - n:i + 1] for n in range(min(ORDER - 1, i), -1, -1)] for i in range(1, len(word))]
+
+
+def _encodes(charset, char):
+    try:
+        return bool(char.encode(charset))
+    except UnicodeEncodeError:
+        return False
 
 
 class LanguageModel:
@@ -91,18 +103,15 @@ class LanguageModel:
         grams = list(self.row)
         for k in range(1, length.max() + 1):
             at = np.flatnonzero(length == k)
-            shorter = np.stack([self.unseen(grams[i]) if k == 1 else self.logp[self.row[grams[i][1:]]] for i in at])
+            shorter = np.stack([self._unseen(grams[i]) if k == 1 else self.logp[self.row[grams[i][1:]]] for i in at])
             h = parent[at]
             self.logp[at] = np.log(n[at] / np.maximum(total[h] + types[h], 1) + back_off[h] * np.exp(shorter))
 
-    def unseen(self, char):
+    @functools.lru_cache(maxsize=20_000)
+    def _unseen(self, char):
         """[columns]: log-probability of a character before any text was read."""
-        def encodes(language):
-            try:
-                return bool(char.encode(CHARSETS.get(language, "ascii")))
-            except UnicodeEncodeError:
-                return False
-        return np.array([UNSEEN if encodes(language) else OUTSIDE for language, _ in self.columns], np.float32)
+        fits = {None: _encodes("ascii", char)} | {charset: _encodes(charset, char) for charset in set(CHARSETS.values())}
+        return np.array([UNSEEN if fits[CHARSETS.get(l)] else OUTSIDE for l, _ in self.columns], np.float32)
 
     @functools.lru_cache(maxsize=20_000)
     def _word(self, word):
@@ -116,7 +125,7 @@ class LanguageModel:
                 if gram[:-1] in self.context:
                     total += self.back_off[self.context[gram[:-1]]]
             else:
-                total += self.unseen(grams[-1])
+                total += self._unseen(grams[-1])
         return total
 
     def scores(self, text):
