@@ -101,15 +101,14 @@ def per_character(text):
 
 def wrong_language(words, language):
     """
-    Is this prose surely not in `language`? Letters of other scripts are not read if enough are of its own: an answer in
-    Hindi names English products. Languages that the identifier does not know are not judged.
+    Is this prose surely not in `language`? Latin letters are not read if enough are of its own script: an answer in
+    Hindi names English products. Each word counts once. Languages that the identifier does not know are not judged.
     """
-    words = ends(words, READ)
     own, seen = SCRIPTS.get(language, ("LATIN",)), letters(words)
-    if sum(seen[s] for s in own) >= OWN * seen.total():
-        words = "".join(c if not script(c) or script(c) in own else " " for c in words)
-        seen = letters(words)
-    scores, n = LanguageModel.shipped().scores(words), seen.total()
+    if sum(seen[s] for s in own) >= OWN * seen.total() and "LATIN" not in own:
+        words = "".join(" " if script(c) == "LATIN" else c for c in words)
+    words = " ".join(dict.fromkeys(ends(words, READ).split()))
+    scores, n = LanguageModel.shipped().scores(words), letters(words).total()
     return language in scores and n >= ENOUGH and max(scores.values()) - scores[language] > SURE + SURE_PER_LETTER * n
 
 
