@@ -38,7 +38,7 @@ READ, JUDGED = 1000, 25_000  # characters at each end of a text that the identif
 
 # A loop: so many times a unit of letters over so many letters in all. Tables, code and rules of dashes repeat lawfully.
 LOOP, LONG_LOOP, TIMES, TIMES_LONG = 60, 400, 5, 3  # a unit of LOOP letters and more is a sentence: three times will do
-AGAIN = 0.6  # share of a text whose last 30 letters it has said before
+AGAIN = 0.5  # share of the places in a text whose next 30 letters it has said before
 
 # No pattern can take more than linear time: each repetition is bounded, or stops where the next match would begin.
 BLOCK = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL)
@@ -69,10 +69,10 @@ def ends(text, n):
 
 
 def prose(text):
-    """An NFKC text without code, addresses, tags, numbers and, if most of it is left then, without quotations."""
+    """An NFKC text without code, addresses, tags, numbers and, if enough is left then, without quotations."""
     text = re.sub(r"\d+", " ", NO_PROSE.sub(" ", text))
     rest = QUOTED.sub(" ", text)
-    return rest if letters(rest).total() >= 0.5 * letters(text).total() else text
+    return rest if letters(rest).total() >= min(ENOUGH, 0.5 * letters(text).total()) else text
 
 
 @functools.lru_cache(maxsize=None)
@@ -86,8 +86,8 @@ def letters(text):
     """Counter {script: letters of it}, weighted."""
     seen = Counter()
     for char, n in Counter(text).items():
-        if script(char):
-            seen[script(char)] += n * WEIGHT.get(script(char), 1)
+        if of := script(char):
+            seen[of] += n * WEIGHT.get(of, 1)
     return seen
 
 
@@ -165,7 +165,7 @@ def copied(text, prompt):
     if letters(said).total() < 25 and not (said.rstrip().endswith(("?", "？", "؟")) and len(said) >= 8):
         return False  # "Hello" may be answered by "Hello! ..."
     numbers = [re.findall(r"\d+", s) for s in (text, said)]  # plain() reads them all as 0
-    text, said = plain(text), plain(said)
+    text, said = (plain(s.casefold()).replace("ı", "i") for s in (text, said))  # Turkish: I is a capital ı, or English
     return bool(said) and numbers[0][:len(numbers[1])] == numbers[1] and (
         text == said or (len(said) >= 12 and text.startswith(said) and not text[len(said):len(said) + 1].isalpha()))
 

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/, whose mini.py would hide mini/
 import guards  # noqa: E402
 from common import atomic_file, die, git_commit, hardware, parse_config  # noqa: E402
 from languages import LANGUAGES  # noqa: E402
@@ -136,7 +136,8 @@ def guarded(items, seed):
     lines = ["| letters | texts | false: language, % | script | repeated, role_tokens | found: language, % | "
              "language or script | the same, closest language |", "|---|---|---|---|---|---|---|---|"]
     short = {f"under {guards.ENOUGH}": [r for r in rows if r[0] < guards.ENOUGH]}
-    for name, at in (short | buckets(rows, lambda r: r[0], LETTERS) | {"all": rows}).items():
+    judged = {"all from there on": [r for r in rows if r[0] >= guards.ENOUGH]}
+    for name, at in (short | buckets(rows, lambda r: r[0], LETTERS) | judged).items():
         lines.append(f"| {name} | {len(at):,} | {' | '.join(percent(r[k] for r in at) for k in range(1, 7))} |")
     return lines
 
@@ -167,7 +168,7 @@ def main():
              "The guards, by length in letters (Latin ones; a Chinese character is 3); texts of fewer letters than "
              f"{guards.ENOUGH} are not judged.", "`false`: texts in the right language that are flagged. `found`: texts "
              "whose row claims another language, drawn at random or the most similar one."]
-    for name, items in {"UDHR pieces": [i for n in PIECES for i in udhr(n)], "Django": strings}.items():
+    for name, items in {"UDHR, pieces and articles": [i for n in (*PIECES, None) for i in udhr(n)], "Django": strings}.items():
         lines += ["", f"{name}:", "", *guarded(items, cfg.seed)] if items else []
     print(*lines, sep="\n")
     with atomic_file(cfg.results) as f:
