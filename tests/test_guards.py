@@ -7,6 +7,7 @@ The last tests break the guards one by one and see the cases fail. bench/langid.
 """
 
 import json
+import math
 import re
 import statistics
 import time
@@ -76,6 +77,8 @@ PASSES = [
     ("en", "\n".join(f"{i}. See `f{i}` at https://a.b/c{i}" for i in range(1, 30))),
     ("en", 2 * "We all live in a yellow submarine,\nyellow submarine, yellow submarine.\n\nAnd our friends are all aboard,\n"
            "many more of them live next door,\nand the band begins to play.\n\n"),
+    ("en", "```html\n" + "      </div>\n" * 9 + "```"),
+    ("en", "Ring the bells that still can ring,\n" * 3 + "forget your perfect offering."),
     ("en", "Let it be, let it be, let it be, let it be,\nwhisper words of wisdom, let it be"),
     ("en", "Na na na na na na na na na na na na, hey Jude"), ("ja", "にわにはにわにわとりがいる。すもももももももものうち。"),
     # a template's tokens, talked about
@@ -250,12 +253,36 @@ def test_distinct_n():
     assert distinct_n(["서울은 큰 도시", "서울은 큰 나라"]) == 0.75  # Korean has spaces
 
 
-# --- langid.plain ---
+# --- mini/langid.py; more in tests/test_eval.py ---
 
 def test_plain():
     assert plain("  Crème  BRÛLÉE, 1234! ") == plain(unicodedata.normalize("NFD", "crème brûlée 5")) == "crème brûlée 0"
     assert plain("İSTANBUL") == "istanbul" and plain("مرحبـــا") == "مرحبا" and plain("שָׁלוֹם") == "שלום"
     assert plain("کتاب‌ها") == "کتاب‌ها" and plain("हिन्दी में") == "हिन्दी में" and plain("Ａｂ１２") == "ab0" and plain("...") == ""
+
+
+def test_witten_bell():
+    """By hand: "ab" is a, b and the end after it; of three characters seen once each half the mass is for others."""
+    model, unseen = LanguageModel([("en", "ab")]), math.exp(-8.3)
+    one = (1 + 3 * unseen) / 6  # P(a) = P(b) = P(end), before any context
+    two = (1 + one) / 2  # P(a | start), P(b | a), P(end | b)
+    three = (1 + two) / 2  # P(b | start a), P(end | a b)
+    four = (1 + three) / 2  # P(end | start a b)
+    assert model.scores("ab")["en"] == pytest.approx(math.log(two * three * four), rel=1e-5)
+    assert model.scores("AB ab!")["en"] == pytest.approx(2 * math.log(two * three * four), rel=1e-5)
+    assert model.scores("ж")["en"] < model.scores("c")["en"] < model.scores("b")["en"] < 0 == model.scores("?!")["en"]
+    two_registers = LanguageModel([("en", "ab")], [("en", "cd")])
+    assert two_registers.scores("ab")["en"] > two_registers.scores("ad")["en"]
+    with_prose = LanguageModel([("en", "ab"), ("de", "cd")], [("en", "x")])
+    assert with_prose.identify("ab") == with_prose.identify("x") == "en" and with_prose.identify("cd") == "de"
+
+
+def test_encodings_know_characters_that_were_not_read():
+    model = LanguageModel.shipped()
+    for simplified, traditional in ("盐鹽", "龙龍", "鸟鳥"):
+        assert not {simplified, traditional} & set("".join(r["text"] for r in load_udhr(range(25)) if r["language"][:2] == "zh"))
+        assert model.scores(simplified)["zh"] > model.scores(simplified)["zh-Hant"] + 3
+        assert model.scores(traditional)["zh"] + 3 < model.scores(traditional)["zh-Hant"]
 
 
 # --- the cases can fail ---
