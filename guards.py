@@ -13,7 +13,7 @@ What a reward model does not see: completions that must never be trained on, wha
 count them, per teacher and language. A guard that suits some data badly is left out by name: --guards truncated empty.
 
 A guard that errs takes good answers from some languages more often than from others, so each is conservative: code,
-addresses and quotations are in no language, and short texts are not judged. bench/langid.py measures how often they err.
+addresses and quotations are in no language, and short texts are not judged. bench/langid.py measures how it errs.
 """
 
 import functools
@@ -50,6 +50,7 @@ QUOTED = re.compile("|".join(rf"{a}[^{a}{b}\n]{{1,120}}{b}" for a, b in [
     ('"', '"'), ("“", "”"), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"), ("‘", "’"), ("「", "」"), ("『", "』"),
     ("《", "》"), (r"\(", r"\)"), ("（", "）"), (r"\*", r"\*")]))
 TABLE = re.compile(r"^[ \t]*\|.*$", re.MULTILINE)
+LINK = re.compile(r"https?://[!-~]+")
 NUMBERED = re.compile(r"^[ \t]*\d+[.)](?=\s)", re.MULTILINE)
 
 # Cohere, Llama 3, ChatML, Zephyr, Phi <|...|>; Gemma; Mistral and Llama 2; Aya; then role lines that no answer writes
@@ -127,7 +128,8 @@ def loops(text, *rules):
     Does `text` hold a loop: a unit of at least `letters`, TIMES times in a row, over `least` characters in all, for one
     of the rules (least, letters)? It may begin anywhere and break off within its unit.
 
-    A period of a text is a distance at which its short n-grams come again: those that occur most are tried. Linear time.
+    A period of a text is a distance at which its short n-grams come again: those that occur most are tried, in linear
+    time.
     """
     n, last, distances = min(12, max(4, rules[0][0] // 5)), {}, Counter()
     for i, gram in enumerate(map("".join, zip(*(text[k:] for k in range(n))))):
@@ -148,8 +150,9 @@ def loops(text, *rules):
 
 def repeated(text):
     """Does it say something over and over, or say most of what it says more than once?"""
-    text = text.strip()
+    text = re.sub(r"[ \t]+", " ", text).strip()
     told = NUMBERED.sub("1.", TABLE.sub("", BLOCK.sub("", text)))  # a loop may count
+    told = LINK.sub(lambda m: m[0][-15:], told)  # links to one site begin alike
     scale = per_character(told)
     strict, lax = (int(LOOP / scale), 1), (int(LONG_LOOP / scale), 0)
     if loops(told, strict, lax) or (told != text and loops(text, lax)):
@@ -161,7 +164,9 @@ def repeated(text):
 
 def copied(text, prompt):
     """Is it the prompt's last turn, or does it begin with all of it? Case, spaces and punctuation do not count."""
-    said = prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    said = prompt
+    if not isinstance(prompt, str):
+        said = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     if letters(said).total() < 25 and not (said.rstrip().endswith(("?", "？", "؟")) and len(said) >= 8):
         return False  # "Hello" may be answered by "Hello! ..."
     numbers = [re.findall(r"\d+", s) for s in (text, said)]  # plain() reads them all as 0

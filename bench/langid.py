@@ -5,8 +5,8 @@ The identifier of mini/langid.py and the guards `language` and `script` of guard
     python bench/langid.py --django django-5.2.19-py3-none-any.whl
 
 Two sources. The UDHR's articles 25 to 30, whole and in pieces of so many characters: other sentences, but the register
-that the identifier was fitted on. The translations of Django's user interface (BSD licence, not shipped): an independent
-text, written by native speakers, mostly labels of a few words. Its strings are halved by a hash of the English one: the
+that the identifier was fitted on. The translations of Django's user interface (BSD licence, not shipped): others' text,
+mostly labels of a few words. Its strings are halved by a hash of the English one: the
 guards' thresholds were chosen on the first half, every number below is of the second. Strings equal to the English one
 or marked fuzzy are left out; placeholders and tags are cut.
 
@@ -161,14 +161,16 @@ def main():
     pieces = {f"UDHR, {n}": udhr(n) for n in PIECES} | {"UDHR, articles": udhr()}
     strings = django(cfg.django) if cfg.django else []
     sources = pieces | {f"Django, {k}": v for k, v in buckets(strings, lambda i: len(i[1]), CHARACTERS).items()}
-    lines = [f"`python bench/langid.py{' --django WHEEL' * bool(cfg.django)}`, commit {git_commit()}, {hardware()}; fitted in "
-             f"{fitted:.1f} s, {speed(model):.1f} ms for 500 characters of unseen words", "",
+    command = "python bench/langid.py" + " --django WHEEL" * bool(cfg.django)
+    lines = [f"`{command}`, commit {git_commit()}, {hardware()}; fitted in {fitted:.1f} s, {speed(model):.1f} ms "
+             "for 500 characters of unseen words", "",
              "The identifier, by length in characters (Chinese and Japanese say in 10 what others say in 25):", "",
              *accuracy(sources, model.identify), "",
              "The guards, by length in letters (Latin ones; a Chinese character is 3); texts of fewer letters than "
-             f"{guards.ENOUGH} are not judged.", "`false`: texts in the right language that are flagged. `found`: texts "
-             "whose row claims another language, drawn at random or the most similar one."]
-    for name, items in {"UDHR, pieces and articles": [i for n in (*PIECES, None) for i in udhr(n)], "Django": strings}.items():
+             f"{guards.ENOUGH} are not judged.", "`false`: texts in the right language that are flagged. `found`: "
+             "texts whose row claims another language, drawn at random or the closest."]
+    articles = [item for n in (*PIECES, None) for item in udhr(n)]
+    for name, items in {"UDHR, pieces and articles": articles, "Django": strings}.items():
         lines += ["", f"{name}:", "", *guarded(items, cfg.seed)] if items else []
     print(*lines, sep="\n")
     with atomic_file(cfg.results) as f:

@@ -1,12 +1,12 @@
 """
-Which of the 23 languages is this? A character n-gram model per language, fitted on the shipped text when it is first used.
+Which of the 23 languages is this? A character n-gram model of each, fitted on the shipped text when first used.
 
 A word's probability in a language is that of its characters, each given up to three before it: Witten-Bell smoothing
 mixes the orders, P(c | h) = (n(hc) + T(h) P(c | h without its first)) / (n(h) + T(h)), T(h) being how many different
 characters followed h. It is a real likelihood: unlike naive Bayes over overlapping n-grams it counts each character
 once, so a difference of scores says how sure a verdict is. bench/langid.py measures it on text that it has not read.
 
-Short answers that two languages share (Chinese numbers in both scripts and in Japanese) cannot be told apart by anybody.
+Short answers that two languages share (Chinese numbers in both scripts and in Japanese) nobody can tell apart.
 """
 
 import functools
@@ -110,8 +110,8 @@ class LanguageModel:
     @functools.lru_cache(maxsize=20_000)
     def _unseen(self, char):
         """[columns]: log-probability of a character before any text was read."""
-        fits = {None: _encodes("ascii", char)} | {charset: _encodes(charset, char) for charset in set(CHARSETS.values())}
-        return np.array([UNSEEN if fits[CHARSETS.get(l)] else OUTSIDE for l, _ in self.columns], np.float32)
+        fits = {charset: _encodes(charset, char) for charset in {"ascii", *CHARSETS.values()}}
+        return np.array([UNSEEN if fits[CHARSETS.get(l, "ascii")] else OUTSIDE for l, _ in self.columns], np.float32)
 
     @functools.lru_cache(maxsize=20_000)
     def _word(self, word):

@@ -32,8 +32,9 @@ def judge(language, text, prompt="?", **more):
 
 PASSES = [
     # short, or without words
-    ("en", "42"), ("fr", "Paris"), ("ja", "OK"), ("hi", "👍🎉"), ("ar", "3.14159"), ("el", "—"), ("es", "Albert Einstein"),
-    ("fr", "The Lord of the Rings"), ("it", "Universally Unique Identifier"), ("ja", "東京都千代田区"),
+    ("en", "42"), ("fr", "Paris"), ("ja", "OK"), ("hi", "👍🎉"), ("ar", "3.14159"), ("el", "—"),
+    ("es", "Albert Einstein"), ("fr", "The Lord of the Rings"), ("it", "Universally Unique Identifier"),
+    ("ja", "東京都千代田区"),
     # code and addresses
     ("ru", "```python\nprint('hello world, this is some text in English that nobody has to read')\n```"),
     ("ru", "```python\nprint('hello world, this is some text in English that was cut off before"),
@@ -73,17 +74,19 @@ PASSES = [
     ("en", "| a | b |\n|---|---|\n" + "| Yes | Yes |\n" * 12), ("en", "```\n" + "            }\n" * 12 + "```"),
     ("en", "for x in y:\n" + "".join(f"        print({i})\n" for i in range(9))),
     ("en", "\n".join(f"{i} x 7 = {7 * i}" for i in range(1, 30))),
-    ("en", "\n".join(f"- Item {i}: {w}" for i, w in enumerate("apples pears plums grapes figs dates limes kiwis".split()))),
+    ("en", "\n".join(f"- Item {i}: {w}" for i, w in enumerate("apples pears plums grapes figs dates limes".split()))),
     ("en", "\n".join(f"{i}. See `f{i}` at https://a.b/c{i}" for i in range(1, 30))),
-    ("en", 2 * "We all live in a yellow submarine,\nyellow submarine, yellow submarine.\n\nAnd our friends are all aboard,\n"
-           "many more of them live next door,\nand the band begins to play.\n\n"),
+    ("en", 2 * "We all live in a yellow submarine,\nyellow submarine, yellow submarine.\n\nAnd our friends are all "
+           "aboard,\nmany more of them live next door,\nand the band begins to play.\n\n"),
+    ("en", "\n".join(f"- https://docs.example.com/en/stable/reference/of/the/functions.html#{w}" for w in dir(str))),
     ("en", "```html\n" + "      </div>\n" * 9 + "```"),
     ("en", "Ring the bells that still can ring,\n" * 3 + "forget your perfect offering."),
     ("en", "Let it be, let it be, let it be, let it be,\nwhisper words of wisdom, let it be"),
     ("en", "Na na na na na na na na na na na na, hey Jude"), ("ja", "にわにはにわにわとりがいる。すもももももももものうち。"),
     # a template's tokens, talked about
     ("en", "Use `<|im_start|>` to begin a turn.\n```\n<|im_start|>user\n[INST] hi [/INST]\n```"),
-    ("en", "In F#, x |> f pipes a value; you can also write f <| x |> g, or a <| b."), ("en", "Was <s>20 €</s>, now 15 €"),
+    ("en", "In F#, x |> f pipes a value; you can also write f <| x |> g, or a <| b."),
+    ("en", "Was <s>20 €</s>, now 15 €"),
     ("en", "Instructions:\n1. Mix.\n2. Bake.\n\nUser: name of the user\nResponse: the answer"),
     ("en", "## Response\nThe body responds to heat."), ("en", "Alice: Hi!\n\nHuman: who are you?\n\nAlice: a cat."),
 ]
@@ -92,8 +95,8 @@ PASSES = [
 
 FAILS = [
     ("language", "fr", "The capital of France is Paris, and it has been so for many centuries now."),
-    ("language", "es", "A capital de Portugal é Lisboa, uma cidade muito antiga e cheia de história, com meio milhão de pessoas."),
-    ("language", "pt", "La capital de España es Madrid, una ciudad muy antigua, donde viven tres millones de personas."),
+    ("language", "es", "A capital de Portugal é Lisboa, uma cidade muito antiga, cheia de história e de gente."),
+    ("language", "pt", "La capital de España es Madrid, una ciudad muy antigua, donde viven muchas personas."),
     ("language", "uk", "Столица России — Москва, очень старый город с богатой историей и большим числом жителей."),
     ("language", "ru", "Столиця України — Київ, дуже старе місто з багатою історією та великою кількістю мешканців."),
     ("language", "fa", "عاصمة مصر هي القاهرة، وهي مدينة قديمة جدا ولها تاريخ طويل ويسكنها ملايين من الناس."),
@@ -102,7 +105,7 @@ FAILS = [
     ("language", "zh-Hant", "中国的首都是北京，这是一座历史悠久的城市，有许多名胜古迹，每年吸引很多游客。"),
     ("language", "zh", "日本の首都は東京です。とても大きな都市で、多くの人々が住んでいます。"),
     ("language", "ja", "中国的首都是北京，这是一座历史悠久的城市，有许多名胜古迹，每年吸引很多游客。"),
-    ("language", "cs", "Stolicą Polski jest Warszawa, duże miasto nad Wisłą, w którym mieszka prawie dwa miliony ludzi."),
+    ("language", "cs", "Stolicą Polski jest Warszawa, duże miasto nad Wisłą, w którym mieszka dwa miliony ludzi."),
     ("language", "de", "```\nx = 1\n```\nThis code sets the variable to one, and that is all that it does."),
     ("language", "hi", "The capital of India is New Delhi, which is a very large city in the north of the country."),
     ("script", "ar", "The capital of Egypt is Cairo, which is a very large city on the river Nile."),
@@ -112,16 +115,18 @@ FAILS = [
     ("script", "zh", "日本の首都は東京です。とても大きな都市で、多くの人々が住んでいます。"),
     ("script", "tr", "ประเทศไทยมีเมืองหลวงคือกรุงเทพมหานครซึ่งเป็นเมืองใหญ่มาก"),
     ("repeated", "en", "The answer is" + " the" * 20), ("repeated", "en", "I like it. " * 6 + "I like i"),
-    ("repeated", "fr", "Bonjour. " + "Je suis désolé, mais je ne peux pas répondre à cette question. " * 3 + "Je suis dés"),
+    ("repeated", "fr", "Bonjour. " + "Je suis désolé, mais je ne peux pas répondre à cela aujourd'hui. " * 3 + "Je s"),
     ("repeated", "zh", "北京是首都。" + "我很高兴。" * 6 + "我很"), ("repeated", "ja", "東京は大きい" + "都市です" * 8),
     ("repeated", "ko", "서울은 " + "아주 큰 도시 " * 7), ("repeated", "hi", "भारत की राजधानी " + "बहुत अच्छी है " * 8),
     ("repeated", "ar", "القاهرة " + "هي مدينة كبيرة " * 7), ("repeated", "en", "very very very very good, " * 6),
-    ("repeated", "en", "It begins well. " + "no way out and " * 8 + "then it goes on with something else, as if nothing was."),
+    ("repeated", "en", "It begins well. " + "no way out and " * 8 + "then it goes on, as if nothing had been."),
     ("repeated", "en", "\n".join(f"{i}. The capital of France is Paris." for i in range(1, 9))),
-    ("repeated", "en", " ".join(f"Step {i}: go back to the step before this one and do it all again." for i in range(1, 20))),
-    ("repeated", "en", "!" * 500), ("repeated", "en", "😂" * 450), ("repeated", "en", "```\n" + "x = x + 1\n" * 60 + "```"),
+    ("repeated", "en", " ".join(f"Step {i}: go back to the step that came before this one and do all of it again."
+                                for i in range(1, 20))),
+    ("repeated", "en", "!" * 500), ("repeated", "en", "😂" * 450),
+    ("repeated", "en", "```\n" + "x = x + 1\n" * 60 + "```"),
 ] + [("role_tokens", "en", "Paris. " + token) for token in (
-    "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi", "<|START_RESPONSE|>", "<|END_THINKING|>",  # Cohere
+    "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi", "<|START_RESPONSE|>",
     "<EOS_TOKEN>", "<|eot_id|>", "<|start_header_id|>user", "<|im_end|>\n<|im_start|>user", "<end_of_turn>",
     "<start_of_turn>user", "[INST] hi [/INST]", "</s>", "<<SYS>>", "<|user|>", "<eos>", "＜|im_end|＞",
     "\n### Instruction:\nWrite", "\n### Human: hi", "\n\nHuman: hi\n\nAssistant: yes")]
@@ -130,7 +135,8 @@ FAILS = [
 QUESTION = "What is the capital of France?"
 COPIES = [
     ("Hello", "Hello! How can I help?", False), ("Hello", "Hello", False), ("你好", "你好！很高兴见到你。", False),
-    (QUESTION, QUESTION, True), (QUESTION, "what is  the capital of FRANCE", True), (QUESTION, QUESTION + "\n\nParis.", True),
+    (QUESTION, QUESTION, True), (QUESTION, "what is  the capital of FRANCE", True),
+    (QUESTION, QUESTION + "\n\nParis.", True),
     (QUESTION, f"**{QUESTION}** Paris.", True), (QUESTION, "The capital of France is Paris.", False),
     (QUESTION, "What is the capital of Francesco's country?", False),
     ("What is 1234 times 5678, please?", "What is 1234 times 5679, please?", False),
@@ -165,7 +171,8 @@ def test_cases():
 
 def test_a_row():
     assert judge("en", "Paris.") == [] and judge("en", "Paris.", ended=True) == []
-    assert judge("en", "Paris.", ended=False) == ["truncated"] and judge("en", "", ended=False) == ["truncated", "empty"]
+    assert judge("en", "Paris.", ended=False) == ["truncated"]
+    assert judge("en", "", ended=False) == ["truncated", "empty"]
     for nothing in ("", " \n\t ", "\u200b", "\ufeff \u00a0", "\u2028"):
         assert judge("en", nothing) == ["empty"]
     everything = "<|im_end|>" + "Столица России — Москва, очень старый город с богатой историей. " * 20
@@ -199,13 +206,15 @@ def test_every_language(language):
 
 
 def pieces(n):
-    return [(r["language"], r["text"][i:i + n]) for r in load_udhr(range(25, 31)) for i in range(0, len(r["text"]), 2 * n)]
+    rows = load_udhr(range(25, 31))
+    return [(r["language"], r["text"][i:i + n]) for r in rows for i in range(0, len(r["text"]), 2 * n)]
 
 
 def test_rates():
     """Measured on the pieces of bench/langid.py: no false flag; wrong languages found: 99.4 % from 30 letters on."""
-    closest = {"ar": "fa", "fa": "ar", "cs": "pl", "pl": "cs", "es": "pt", "pt": "es", "ru": "uk", "uk": "ru", "de": "nl",
-               "nl": "de", "zh": "zh-Hant", "zh-Hant": "zh", "ja": "zh", "it": "es", "ro": "it", "id": "en", "en": "fr"}
+    closest = {"ar": "fa", "fa": "ar", "cs": "pl", "pl": "cs", "es": "pt", "pt": "es", "ru": "uk", "uk": "ru",
+               "de": "nl", "nl": "de", "zh": "zh-Hant", "zh-Hant": "zh",
+               "ja": "zh", "it": "es", "ro": "it", "id": "en", "en": "fr"}
     for n, least in ((50, 0.95), (100, 0.98)):
         false, found = [], []
         for language, text in pieces(n):
@@ -220,7 +229,8 @@ def test_rates():
 # --- time ---
 
 HARD = {"a": "a", "two": "ab", "backticks": "`", "open code": "`a", "fences": "```", "parentheses": "(a", "quotes": "“",
-        "guillemets": "«a", "stars": "*", "tags": "<a", "tokens": "<|a", "dollars": "$$a", "lines": "\n", "roles": "### \n",
+        "guillemets": "«a", "stars": "*", "tags": "<a", "tokens": "<|a", "dollars": "$$a",
+        "lines": "\n", "roles": "### \n",
         "humans": "\n\nHuman: a", "table": "|a\n", "list": "1. ", "dots": "a.", "surrogates": "\ud800a",
         "marks": "e" + "\u0301\u0327" * 9999, "ligatures": "ﷺ", "han": "".join(map(chr, range(0x4E00, 0x9FA0)))}
 
@@ -258,7 +268,8 @@ def test_distinct_n():
 def test_plain():
     assert plain("  Crème  BRÛLÉE, 1234! ") == plain(unicodedata.normalize("NFD", "crème brûlée 5")) == "crème brûlée 0"
     assert plain("İSTANBUL") == "istanbul" and plain("مرحبـــا") == "مرحبا" and plain("שָׁלוֹם") == "שלום"
-    assert plain("کتاب‌ها") == "کتاب‌ها" and plain("हिन्दी में") == "हिन्दी में" and plain("Ａｂ１２") == "ab0" and plain("...") == ""
+    assert plain("کتاب‌ها") == "کتاب‌ها" and plain("हिन्दी में") == "हिन्दी में"
+    assert plain("Ａｂ１２") == "ab0" and plain("...") == ""
 
 
 def test_witten_bell():
@@ -279,8 +290,9 @@ def test_witten_bell():
 
 def test_encodings_know_characters_that_were_not_read():
     model = LanguageModel.shipped()
+    read = {char for r in load_udhr(range(25)) if r["language"].startswith("zh") for char in r["text"]}
     for simplified, traditional in ("盐鹽", "龙龍", "鸟鳥"):
-        assert not {simplified, traditional} & set("".join(r["text"] for r in load_udhr(range(25)) if r["language"][:2] == "zh"))
+        assert not {simplified, traditional} & read
         assert model.scores(simplified)["zh"] > model.scores(simplified)["zh-Hant"] + 3
         assert model.scores(traditional)["zh"] + 3 < model.scores(traditional)["zh-Hant"]
 
@@ -297,6 +309,7 @@ BROKEN = {
     "rules are none": {"LONG_LOOP": 10**6}, "again: never": {"AGAIN": 1.1}, "again: at once": {"AGAIN": 0.01},
     "code is prose": {"NO_PROSE": re.compile(r"(?!)")}, "code is talk": {"VERBATIM": re.compile(r"(?!)")},
     "blocks loop": {"BLOCK": re.compile(r"(?!)")}, "quotations count": {"QUOTED": re.compile(r"(?!)")},
+    "links loop": {"LINK": re.compile(r"(?!)")},
     "tables loop": {"TABLE": re.compile(r"(?!)")}, "lists count": {"NUMBERED": re.compile(r"(?!)")},
     "no tokens": {"ROLE_TOKENS": re.compile(r"(?!)")}, "tokens: any <|": {"ROLE_TOKENS": re.compile(r"<\|")},
     "struck out": {"STRUCK": re.compile(r"(?!)")}, "no normal form": {"normal": lambda text: text},
