@@ -46,6 +46,8 @@ PASSES = [
     ("ja", "Windows 11でVisual Studio Codeをインストールする方法を説明します。"),
     ("ko", "아이폰에서 Wi-Fi 설정을 열고 Bluetooth를 끄세요. Google Chrome 브라우저도 업데이트하세요."),
     ("zh", "你可以使用 PyTorch 和 TensorFlow 来训练深度学习模型，例如 ResNet 或 BERT。"),
+    ("zh", "你可以使用 Visual Studio Code 和 Machine Learning Toolkit 来训练模型，"
+           "并且安装 Universal Windows Platform 应用程序。"),
     ("fa", "می‌توانید از نرم‌افزار Photoshop برای ویرایش تصویرها استفاده کنید. این کار آسان است و زمان زیادی نمی‌برد."),
     ("de", "Der Film heißt im Original „The Lord of the Rings: The Fellowship of the Ring“ und ist lang."),
     # quoted foreign words, mathematics
@@ -123,6 +125,8 @@ FAILS = [
     ("repeated", "en", "\n".join(f"{i}. The capital of France is Paris." for i in range(1, 9))),
     ("repeated", "en", " ".join(f"Step {i}: go back to the step that came before this one and do all of it again."
                                 for i in range(1, 20))),
+    ("repeated", "en", "No way out and no word of it.\nno way out and a wall, said the man. " + "no way out and " * 7),
+    ("repeated", "en", "".join(f"        print({i})\n" for i in range(100, 160)) + "The end" + " of the" * 12),
     ("repeated", "en", "!" * 500), ("repeated", "en", "😂" * 450),
     ("repeated", "en", "```\n" + "x = x + 1\n" * 60 + "```"),
 ] + [("role_tokens", "en", "Paris. " + token) for token in (
@@ -182,6 +186,7 @@ def test_a_row():
     assert judge("en", "It is <|im_end|>.", "Is it <|im_end|> or <|im_start|>?") == []
     assert judge("en", "It is <|im_end|>.", [{"role": "user", "content": "Is it <|im_end|>?"}]) == []
     assert judge("sw", "Mji mkuu wa Ufaransa ni Paris, jiji kubwa sana lenye historia ndefu.") == []  # not judged
+    assert [guards.script(c) for c in "aя々ーʼ1ा"] == ["LATIN", "CYRILLIC", "CJK", "KATAKANA-HIRAGANA", "", "", ""]
     with pytest.raises(KeyError):
         flags({"completion": "x", "language": "en"})
 
