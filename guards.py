@@ -69,6 +69,11 @@ def ends(text, n):
     return text if len(text) <= 2 * n else text[:n] + " " + text[-n:]
 
 
+def judged(text):
+    """What the guards read of a text: NFKC, and both ends of a very long one."""
+    return ends(normal(ends(text, JUDGED)), JUDGED)
+
+
 def prose(text):
     """An NFKC text without code, addresses, tags, numbers and, if enough is left then, without quotations."""
     text = re.sub(r"\d+", " ", NO_PROSE.sub(" ", text))
@@ -139,10 +144,10 @@ def loops(text, *rules):
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     for period, _ in distances.most_common(50):
         differ = np.flatnonzero(codes[period:] != codes[:-period])
-        begins, ends = np.append(0, differ + 1), np.append(differ, len(codes) - period)
+        begins, until = np.append(0, differ + 1), np.append(differ, len(codes) - period)
         for least, letters_ in rules:
             times = TIMES if period < least else TIMES_LONG
-            for at in begins[ends - begins >= max(least - period, (times - 1) * period)]:
+            for at in begins[until - begins >= max(least - period, (times - 1) * period)]:
                 if sum(map(str.isalpha, text[at:at + period])) >= letters_:
                     return True
     return False
@@ -169,6 +174,7 @@ def copied(text, prompt):
         said = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     if letters(said).total() < 25 and not (said.rstrip().endswith(("?", "？", "؟")) and len(said) >= 8):
         return False  # "Hello" may be answered by "Hello! ..."
+    said = judged(said)
     numbers = [re.findall(r"\d+", s) for s in (text, said)]  # plain() reads them all as 0
     text, said = (plain(s.casefold()).replace("ı", "i") for s in (text, said))  # Turkish: I is a capital ı, or English
     return bool(said) and numbers[0][:len(numbers[1])] == numbers[1] and (
@@ -178,12 +184,13 @@ def copied(text, prompt):
 def role_tokens(text, prompt=""):
     """Does it spell a template's tokens outside code? Those that the prompt spells too are what it talks about."""
     text = STRUCK.sub(" ", VERBATIM.sub(" ", text))
+    prompt = judged(prompt)
     return any(m[0].strip() not in prompt for m in ROLE_TOKENS.finditer(text))
 
 
 def empty(text):
-    """Nothing but spaces and characters without a width."""
-    return all(unicodedata.category(c)[0] in "ZC" for c in text)
+    """Nothing but spaces and characters without a width (unassigned ones are of a later Unicode: new emoji)."""
+    return all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs") for c in text)
 
 
 def flags(row):
@@ -195,7 +202,7 @@ def flags(row):
     found = [] if row.get("ended", True) else ["truncated"]
     if empty(text):
         return [*found, "empty"]
-    text = ends(normal(ends(text, JUDGED)), JUDGED)
+    text = judged(text)
     words = prose(text)
     asked = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
     checks = {"language": wrong_language(words, row["language"]), "script": wrong_script(words, row["language"]),

@@ -154,6 +154,7 @@ COPIES = [
     ("מה היא בירת צרפת וכמה תושבים יש בה?", "מָה הִיא בירת צרפת וכמה תושבים יש בה?", True),
     ("Thủ đô của nước Pháp là gì?", unicodedata.normalize("NFD", "Thủ đô của nước Pháp là gì?"), True),
     ("Ｗｈａｔ　ｉｓ　ｔｈｅ　ｃａｐｉｔａｌ？", "What is the capital?", True),
+    ("１２３４ と ５６７８ を足すといくつですか？", "1234 と 5678 を足すといくつですか？ 6912", True),
     ([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Paris."},
       {"role": "user", "content": "And what is the one of Germany?"}], "And what is the one of Germany? Berlin.", True),
     ([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Paris."},
@@ -179,6 +180,7 @@ def test_a_row():
     assert judge("en", "", ended=False) == ["truncated", "empty"]
     for nothing in ("", " \n\t ", "\u200b", "\ufeff \u00a0", "\u2028"):
         assert judge("en", nothing) == ["empty"]
+    assert judge("en", "\U0001FAE8") == judge("en", "\U0001FFFE") == [] == judge("en", ".")
     everything = "<|im_end|>" + "Столица России — Москва, очень старый город с богатой историей. " * 20
     assert judge("en", everything, everything.replace("<|im_end|>", ""), ended=False)[:4] == [
         "truncated", "language", "script", "repeated"]  # in the order of GUARDS
@@ -242,7 +244,7 @@ HARD = {"a": "a", "two": "ab", "backticks": "`", "open code": "`a", "fences": "`
 
 @pytest.mark.parametrize("unit", HARD.values(), ids=HARD)
 def test_time_is_linear(unit):
-    """Measured: below 0.2 s for 100,000 characters, 0.7 s where each becomes 18; anything quadratic takes minutes."""
+    """Measured: 0.2 s for 100,000 characters, 1.5 s where each becomes 18; anything quadratic takes minutes."""
     text = (unit * (100_000 // len(unit) + 1))[:100_000]
     LanguageModel.shipped()
     begin = time.perf_counter()
