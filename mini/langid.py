@@ -52,7 +52,7 @@ def plain(text):
     Lower-cased NFKC letters and "0" for every number, one space between words: what is written in several ways is one.
     Niqqud, harakat and tatweel go, and the dot that lower() leaves behind a Turkish capital I; \\u200c joins Persian.
     """
-    text = normal(normal(text).lower()).translate(_PLAIN)
+    text = normal(text).lower().translate(_PLAIN)
     return " ".join(re.sub("0+", "0", text).split())
 
 

@@ -81,7 +81,7 @@ PASSES = [
     ("en", 2 * "We all live in a yellow submarine,\nyellow submarine, yellow submarine.\n\nAnd our friends are all "
            "aboard,\nmany more of them live next door,\nand the band begins to play.\n\n"),
     ("en", "\n".join(f"- https://docs.example.com/en/stable/reference/of/the/functions.html#{w}" for w in dir(str))),
-    ("en", "```html\n" + "      </div>\n" * 9 + "```"),
+    ("en", "Name:" + " " * 450 + "the value"), ("en", "```html\n" + "      </div>\n" * 9 + "```"),
     ("en", "Ring the bells that still can ring,\n" * 3 + "forget your perfect offering."),
     ("en", "Let it be, let it be, let it be, let it be,\nwhisper words of wisdom, let it be"),
     ("en", "Na na na na na na na na na na na na, hey Jude"), ("ja", "にわにはにわにわとりがいる。すもももももももものうち。"),
@@ -109,6 +109,7 @@ FAILS = [
     ("language", "ja", "中国的首都是北京，这是一座历史悠久的城市，有许多名胜古迹，每年吸引很多游客。"),
     ("language", "cs", "Stolicą Polski jest Warszawa, duże miasto nad Wisłą, w którym mieszka dwa miliony ludzi."),
     ("language", "de", "```\nx = 1\n```\nThis code sets the variable to one, and that is all that it does."),
+    ("language", "fr", "“The capital of France is Paris,” he said. “It has been so for many centuries now.”"),
     ("language", "hi", "The capital of India is New Delhi, which is a very large city in the north of the country."),
     ("script", "ar", "The capital of Egypt is Cairo, which is a very large city on the river Nile."),
     ("script", "pl", "Stolicą Polski jest Warszawa, duże miasto над рекой Висла, w którym mieszka wielu ludzi."),
@@ -288,6 +289,7 @@ def test_witten_bell():
     three = (1 + two) / 2  # P(b | start a), P(end | a b)
     four = (1 + three) / 2  # P(end | start a b)
     assert model.scores("ab")["en"] == pytest.approx(math.log(two * three * four), rel=1e-5)
+    assert model.scores("b")["en"] == pytest.approx(math.log(one / 2 * two), rel=1e-5)  # never first: backs off
     assert model.scores("AB ab!")["en"] == pytest.approx(2 * math.log(two * three * four), rel=1e-5)
     assert model.scores("ж")["en"] < model.scores("c")["en"] < model.scores("b")["en"] < 0 == model.scores("?!")["en"]
     two_registers = LanguageModel([("en", "ab")], [("en", "cd")])
