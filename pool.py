@@ -143,7 +143,8 @@ def score_file(path, models, cfg):
     for begin in range(writer.rows, len(rows), cfg.completions_at_once):
         part = [rows[n] for n in range(begin, min(begin + cfg.completions_at_once, len(rows)))]
         said = [n for n, row in enumerate(part) if row["completion"].strip()]
-        found = [row | {"flags": flags(row)} | dict.fromkeys(models) for row in part]
+        mine = [(n, flags(part[n])) for n in range(common.rank(), len(part), common.world())]
+        found = [part[n] | {"flags": found} | dict.fromkeys(models) for n, found in sorted(common.gather_list(mine))]
         for name, (model, chat) in models.items():
             rewards = score(model, chat, [(part[n]["prompt"], part[n]["completion"]) for n in said], cfg.batch_tokens)
             for n, reward in zip(said, rewards):

@@ -13,6 +13,7 @@ python reward.py --model out/mini/rm --rows pairs.jsonl --audit --out audit.json
 """
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -142,6 +143,12 @@ def load_reward_model(path, dtype=None, device=None):
     with torch.device("meta"):
         model = make(cfg)
     return fill(model, stored, dtype, device)
+
+
+@functools.cache
+def scorer(path, device):
+    """A reward model and its Chat, loaded once in a process."""
+    return load_reward_model(path, device=device), Chat(path)
 
 
 def new_reward_model(path, dtype=None, device=None, wrap=None):

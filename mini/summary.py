@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common import atomic_file, die, git_commit, hardware, parse_config
 from data import read_jsonl, read_rows
-from tasks.mini import clustered_interval, normal, win_scores
+from stats import clustered_interval
+from tasks.mini import normal, win_scores
 
 MERGED = ("sft", "offline-dpo", "online-1", "online-2", "online-3")  # stages that are merged from parts
 ORDER = ("sft-single", "sft", "offline-dpo", "online-only", "online-1", "online-2", "online-3")

@@ -16,15 +16,19 @@ import functools
 import random
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
-import numpy as np
 import torch
 
+from benchmarks import limited
 from common import die
 from data import encode_row, pad_batch
 from generate import complete
 from mini.items import DEFAULT_TASKS, WrongAnswers, load_items
 from mini.langid import LanguageModel
+from reward import score, scorer
+from rows import read_rows
+from stats import clustered_interval
 from tasks.flores import chrf, corpus_chrf
 
 
@@ -59,20 +63,6 @@ def win_scores(mine, theirs):
     return [judge(s["completion"], other[s["id"]], s["reference"]) if s["id"] in other else None for s in mine]
 
 
-def clustered_interval(values, clusters, seed=0, resamples=2000):
-    """
-    Mean of `values` and its 95 % percentile interval when whole clusters are drawn with replacement:
-    (n,), (n,) -> (mean, low, high).
-    """
-    names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    total = np.bincount(index, weights=values, minlength=len(names))
-    count = np.bincount(index, minlength=len(names))
-    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
-    means = total[drawn].sum(1) / count[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean(values)), float(low), float(high)
-
-
 def answer(model, chat, rows, seed=0):
     """Greedy answers: rows -> sample rows with completion, correct and the item."""
     made = complete(model, chat, rows, max_new_tokens=48, seed=seed)
@@ -103,13 +93,14 @@ def shipped_wrong_answers():
 def minimal_pairs(model, chat, rows, batch_size=128):
     """
     One near miss per row (a plural form, direction, unit or digit that is wrong), and 1.0 where the model gives the
-    reference a higher mean log-prob per token: -> list of floats (None where the item has no near miss, and behind the
-    first SIDE_ROWS rows of a language).
+    reference a higher mean log-prob per token: -> list of floats (None where the item has no near miss, or is not
+    "watched": behind the first SIDE_ROWS rows of a language).
     """
     wrong, device = shipped_wrong_answers(), next(model.parameters()).device
     found, jobs = [None] * len(rows), []
-    for i in side_rows(rows):
-        row = rows[i]
+    for i, row in enumerate(rows):
+        if not row["watched"]:
+            continue
         x = item_of(row).split(" ", 1)[1]
         near = [(why, text) for why, text in wrong(row["task"], x, row["language"], random.Random(row["id"]))
                 if why in ("wrong_plural", "wrong_direction", "one_digit_off", "wrong_unit")]
@@ -127,13 +118,13 @@ def minimal_pairs(model, chat, rows, batch_size=128):
     return found
 
 
-def per_language(samples, pairs, baselines, identify):
+def per_language(samples, baselines, identify):
     """
-    samples, their minimal-pair outcomes, {name: samples of another model} -> {language or "all": {metric: value, ...}}.
-    Standard errors of "all" are of the clustered bootstrap's interval (a quarter of its width).
+    samples, {name: samples of another model}, text -> language -> {language or "all": {metric: value, ...}}. Standard errors are of the
+    clustered bootstrap's interval (a quarter of its width).
     """
-    for s, pair in zip(samples, pairs):
-        s["minimal_pair"], s["language_seen"] = pair, identify(s["completion"])
+    for s in samples:
+        s["language_seen"] = identify(s["completion"])
     for name, other in baselines.items():
         for s, score in zip(samples, win_scores(samples, other)):
             s[f"win_rate_{name}"] = score
@@ -154,17 +145,39 @@ def per_language(samples, pairs, baselines, identify):
     return table
 
 
-def run(model, chat, rows, baselines, score=None):
-    """
-    Everything above for one model: -> (samples, {language: metrics}). `score`: [(prompt, completion)] -> rewards; with
-    it the reward of the answers is reported too, to be watched beside the win rate.
-    """
+# ---------------------------------------------------------------------------------------------------------------------
+# what eval.py calls (its docstring says how)
+
+TASKS = ("mini",)
+SETTINGS = ()
+
+
+def read(task, cfg):
+    rows = limited(read_rows(Path(cfg.data) / FILE, "prompts"), cfg.limit)
+    rows = [row for row in rows if not cfg.languages or row["language"] in cfg.languages]
     for row in rows:
         if lost := [key for key in ("task", "reference") if key not in row]:
             die(f"the row {row['id']!r} has no {lost[0]!r}: {FILE} needs id, language, task, prompt and reference")
-    samples = answer(model, chat, rows)
-    if score:
+    watched = set(side_rows(rows))
+    return [row | {"watched": i in watched} for i, row in enumerate(rows)]
+
+
+def run(task, model, chat, items, cfg):
+    samples = answer(model, chat, items)
+    for sample, pair in zip(samples, minimal_pairs(model, chat, items)):
+        sample["minimal_pair"] = pair
+    return samples
+
+
+def finish(task, samples, cfg, device):
+    """The mean reward of the answers, to be watched beside the win rate."""
+    if cfg.reward_model:
+        model, chat = scorer(cfg.reward_model, device)
         at = side_rows(samples)
-        for i, reward in zip(at, score([(samples[i]["prompt"], samples[i]["completion"]) for i in at])):
+        for i, reward in zip(at, score(model, chat, [(samples[i]["prompt"], samples[i]["completion"]) for i in at])):
             samples[i]["reward"] = reward
-    return samples, per_language(samples, minimal_pairs(model, chat, rows), baselines, LanguageModel.shipped().identify)
+    return samples
+
+
+def summarise(task, samples, baselines, cfg):
+    return per_language(samples, baselines, LanguageModel.shipped().identify)
