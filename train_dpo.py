@@ -140,7 +140,7 @@ def all_flags(rows):
 def report_samples(cfg, run, done, pairs):
     """Of a round's completion rows and pairs: one line on the console, one in the log."""
     sampled = [row for row in done if row["sample"] != "greedy"]
-    flagged = Counter(name for row in sampled for name in row["flags"] if name in cfg.guards)
+    flagged = Counter(name for row in sampled for name in row.get("flags", ()) if name in cfg.guards)
     found = {"reward": statistics.fmean(row["reward"] for row in sampled),
              "greedy": statistics.fmean(row["reward"] for row in done if row["sample"] == "greedy"),
              "n": len(sampled), "pairs": len(pairs), "flagged": {name: flagged[name] for name in cfg.guards}}

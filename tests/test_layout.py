@@ -28,7 +28,7 @@ LAYERS = {
     "sharding": 0.2, "optim": 0.3, "state": 0.3, "meter": 0.3, "run": 1.3, "reference": 1.6,  # what training needs beside
     "endpoint": 1.2, "asking": 1.5,  # models that run elsewhere: one request, and many
     "cache": 0.6, "sampler": 1.6,  # keys and values, and the engine that samples with them
-    "generate": 2, "reward": 2, "tasks": 2, "charts": 2,
+    "generate": 2, "reward": 2, "tasks": 2, "charts": 2, "watch": 2.5,
     "train_sft": 3, "train_rm": 3, "train_dpo": 3, "arbitrage": 3, "merge": 3, "eval": 3, "report": 3,
     "mini.make": 3, "mini.prepare": 3, "mini.pairs": 3, "mini.best_of_k": 3, "mini.summary": 3,
     "recipe": 4}
