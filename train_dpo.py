@@ -12,8 +12,8 @@ torchrun --nproc_per_node=8 train_dpo.py --model DIR --pairs pairs.jsonl:0.85 sa
 torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --out DIR
 
 What to watch: `margins` and `accuracies` rise. The *chosen* log-probability may well fall while training works: DPO
-raises the difference, not the chosen one. Every online round is watched (watch.py): `reward` rising while the win rate by
---judge falls is reward hacking. --on_hacking stop then ends the run with the policy as it was before that round.
+raises the difference, not the chosen one. Every online round is watched (watch.py): `reward` rising while the win rate
+by --judge falls is reward hacking. --on_hacking stop then ends the run with the policy as it was before that round.
 """
 
 import hashlib
@@ -104,8 +104,9 @@ def seq_logps(model, items, device):
 
 def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, path):
     """
-    K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards and flags,
-    preference rows of best against worst). What a guard flags is not eligible, equal rewards make no pair. --prompts_at_once prompts at a time are appended to `path`; a run that goes on asks for those that are missing.
+    K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards and
+    flags, preference rows of best against worst). What a guard flags is not eligible, equal rewards make no pair.
+    --prompts_at_once prompts at a time are appended to `path`; a run that goes on asks for those that are missing.
     """
     kept, done, pairs = read_finished(path), [], []
     common.barrier()  # every rank has read it
@@ -118,7 +119,8 @@ def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, pat
             greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported beside best of K
             part += [row | {"sample": "greedy"} for row in greedy]
             rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in part])
-            part = [row | {"reward": reward, "flags": found} for row, reward, found in zip(part, rewards, all_flags(part))]
+            part = [row | {"reward": reward, "flags": found}
+                    for row, reward, found in zip(part, rewards, all_flags(part))]
             if common.is_main():
                 append_rows(path, part, after=len(done))
         done += part
@@ -152,7 +154,8 @@ def report_samples(cfg, run, done, pairs):
 
 def make_miniature(cfg):
     """On a fresh clone the default inputs do not exist yet: makes the miniature up to the SFT model, and says so."""
-    needed = [p for p in (cfg.model, *((cfg.reward_model, cfg.sft) if cfg.prompts else ()), *cfg.pairs) if p.startswith("out/mini/")]
+    online = (cfg.reward_model, cfg.sft) if cfg.prompts else ()
+    needed = [p for p in (cfg.model, *online, *cfg.pairs) if p.startswith("out/mini/")]
     if all(Path(p.rpartition(":")[0] or p).exists() for p in needed):
         return
     if common.is_main():

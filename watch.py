@@ -45,7 +45,7 @@ PERCENT = ("win_rate", "language")
 # --- what is asked, and of whom ---
 
 def pick(rows, number, seed):
-    """`number` of the prompt rows, in their order: languages take turns, each gives its last rows, `seed` says who begins."""
+    """`number` of the prompt rows, in order: languages take turns to give their last rows, `seed` says which begins."""
     left = {}
     for i, row in enumerate(rows):
         left.setdefault(row["language"], []).append(i)
@@ -102,9 +102,9 @@ def answers(model, chat, rows, max_new_tokens, temperature=0.0, seed=0):
     """One answer to each prompt row -> lists of token ids, what ends the turn included, on every rank."""
     mine = range(rank(), len(rows), world())
     with unsharded(model):
-        made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in mine], max_new_tokens, temperature, seed=seed,
-                        stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
-                        prompt_keys=[key_of(f"watch {rows[i]['id']}") for i in mine])  # not the draws that are trained on
+        made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in mine], max_new_tokens, temperature,
+                        seed=seed, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,  # keys: not the draws of training
+                        prompt_keys=[key_of(f"watch {rows[i]['id']}") for i in mine])
     found = dict(gather_list([(i, ids) for i, (ids,) in zip(mine, made)]))
     return [found[i] for i in range(len(rows))]
 
@@ -112,14 +112,15 @@ def answers(model, chat, rows, max_new_tokens, temperature=0.0, seed=0):
 @torch.no_grad()
 def sequence_logps(model, cfg, prompts, completions, device):
     """
-    Lists of token ids -> (n,) float64: each completion's summed log-prob, by the packed forward that trains, in parts that
-    depend on the lengths only: equal models give equal numbers, to the bit.
+    Lists of token ids -> (n,) float64: each completion's summed log-prob, by the packed forward that trains, in parts
+    that depend on the lengths only: equal models give equal numbers, to the bit.
     """
     examples = [Example(p + c, [False] * len(p) + [True] * len(c)) for p, c in zip(prompts, completions)]
     found, lengths = torch.zeros(len(examples), dtype=torch.float64), [len(e.ids) for e in examples]
     # one code path: a model that is here briefly is not worth compiling, so the policy is not run compiled either
     with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-        for micro in split_batch(lengths, range(len(examples)), world(), cfg.micro_batch_tokens, cfg.micro_batch_size)[rank()]:
+        for micro in split_batch(lengths, range(len(examples)), world(), cfg.micro_batch_tokens,
+                                 cfg.micro_batch_size)[rank()]:
             part = [examples[i] for i in micro]
             ids, mask, doc_start = pack_batch(part, device)
             logps = document_sums(model.token_logps(ids, mask, doc_start), part)
@@ -129,8 +130,8 @@ def sequence_logps(model, cfg, prompts, completions, device):
 
 def kl(log_ratios):
     """
-    log pi(y) - log pi_sft(y) of samples y ~ pi, at temperature 1 and uncut -> (KL(pi || pi_sft), its standard error): the
-    plain mean, which is unbiased and may come out below 0 where the KL is small.
+    log pi(y) - log pi_sft(y) of samples y ~ pi, at temperature 1 and uncut -> (KL(pi || pi_sft), its standard error):
+    the plain mean, which is unbiased and may come out below 0 where the KL is small.
     """
     return statistics.fmean(log_ratios), stderr(log_ratios)
 
@@ -154,7 +155,8 @@ def summary(rows):
         wins = [r["win"] for r in rows]
         found |= {"win_rate": statistics.fmean(wins), "win_rate_stderr": stderr(wins)}
     return found | {"length": statistics.fmean(r["tokens"] for r in rows), "kl": mean_kl, "kl_stderr": kl_stderr,
-                    "language": 1 - share("language", "script"), "distinct_2": distinct_n([r["completion"] for r in rows], 2),
+                    "language": 1 - share("language", "script"),
+                    "distinct_2": distinct_n([r["completion"] for r in rows], 2),
                     **{f"guard/{name}": share(name) for name in GUARDS}}
 
 
@@ -173,8 +175,8 @@ def hacking(before, after):
 def line(before, after):
     """Two summaries -> `reward 1.23 -> 1.40 | ...`."""
     scale = lambda name: 100 if name in PERCENT else 1
-    return " | ".join(text.format(before[name] * scale(name), after[name] * scale(name)) for name, text in SHOWN.items()
-                      if name in before)
+    return " | ".join(text.format(before[name] * scale(name), after[name] * scale(name))
+                      for name, text in SHOWN.items() if name in before)
 
 
 class Watch:
@@ -219,7 +221,8 @@ class Watch:
             "completion": chat.decode(ids), "ended": ids[-1] in chat.stop_ids, "tokens": len(ids), "log_ratio": ratio}
             for row, ids, ratio in zip(self.rows, greedy, (own - theirs).tolist(), strict=True)]
         asked = lambda rows, name="completion": [(row["prompt"], row[name]) for row in rows]
-        rows = [row | {"flags": flags(row), "reward": r} for row, r in zip(rows, reward.score(*self.arbiter, asked(rows)))]
+        rewards = reward.score(*self.arbiter, asked(rows))
+        rows = [row | {"flags": flags(row), "reward": r} for row, r in zip(rows, rewards)]
         if cfg.judge:
             known = first or [row | {"sft": chat.decode(ids)} for row, ids in zip(rows, sft)]
             pairs = asked(rows) + ([] if first else asked(known, "sft"))
@@ -254,6 +257,7 @@ class Watch:
         if not hacked or self.cfg.on_hacking == "ignore":
             return False
         stop = self.cfg.on_hacking == "stop"
-        print0(f"reward hacking: {' and '.join(hacked)} the reward rose while the judge's win rate fell by more than noise; "
-               f"read {self.run.folder.name}/watch-{n}.json" + (f". Round {n} is undone (--on_hacking stop)" if stop else ""))
+        print0(f"reward hacking: {' and '.join(hacked)} the reward rose while the judge's win rate fell by more than "
+               f"noise; compare the answers in watch-{n - 1}.json and watch-{n}.json"
+               + (f". --on_hacking stop: round {n} is undone, {self.cfg.out} will be the policy before it" if stop else ""))
         return stop
