@@ -52,7 +52,7 @@ MINI = {
     "base": "--max_steps 300 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 150 --lr 2e-3",
     "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3",
     "sft": "--epochs 3 --lr 1e-3", "offline": "--epochs 1 --lr 1e-4 --beta 1",
-    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1 --watch 48", "rounds": 3, "limit": " --limit 30",
+    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1 --watch 96", "rounds": 3, "limit": " --limit 30",
     "groups": {"west": ["western", "eastern"], "east": ["mideast", "asian"]}}
 SMOKE = MINI | {
     "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",

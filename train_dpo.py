@@ -125,8 +125,8 @@ def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, pat
                 append_rows(path, part, after=len(done))
         done += part
         for begin in range(0, len(rows) * cfg.samples, cfg.samples):
-            if found := best_against_worst([row for row in part[begin:begin + cfg.samples] if eligible(row, cfg.guards)],
-                                              cfg.margin):
+            rows_of_one = [row for row in part[begin:begin + cfg.samples] if eligible(row, cfg.guards)]
+            if found := best_against_worst(rows_of_one, cfg.margin):
                 pairs.append(preference_row(*found))
         if run.should_stop():
             run.stop()

@@ -44,7 +44,8 @@ def win_change(before, after, sft):
     row: its interval is far narrower than those of the two win rates.
     """
     score = {s["id"]: v for s, v in zip(before, win_scores(before, sft)) if v is not None}
-    both = [(s, v - score[s["id"]]) for s, v in zip(after, win_scores(after, sft)) if v is not None and s["id"] in score]
+    both = [(s, v - score[s["id"]]) for s, v in zip(after, win_scores(after, sft))
+            if v is not None and s["id"] in score]
     return list(clustered_interval([change for _, change in both], [s["item"] for s, _ in both]))
 
 

@@ -181,6 +181,11 @@ def steps(folder):
             if "step" in row]
 
 
+def of_rounds(folder):
+    """The lines that are not of a step but of an online round: its samples, and what was watched behind it."""
+    return [row for row in tiny.read(Path(folder) / "log.jsonl") if "round" in row and "step" not in row]
+
+
 def same(out, expected):
     """Two finished folders hold the same, byte for byte, and the same steps in their logs; nothing is left beside."""
     names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (out, expected)]
@@ -192,8 +197,8 @@ def same(out, expected):
         elif (out / name).is_file() and name != "log.jsonl":
             assert (out / name).read_bytes() == (expected / name).read_bytes(), name
     assert steps(out) == steps(expected)
-    a, b = ([row for row in tiny.read(where / "log.jsonl") if "round" in row and "step" not in row] for where in (out, expected))
-    assert a == b  # what is said of a round
+    a, b = (of_rounds(where) for where in (out, expected))
+    assert a == b
     one, two = ([row["languages"] for row in tiny.read(where / "log.jsonl") if "languages" in row] for where in (out, expected))
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):  # another grouping of the same sum, where a run went on
