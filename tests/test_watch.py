@@ -261,7 +261,7 @@ def test_the_first_policy_is_the_sft_model(inputs, straight, tmp_path):
     assert one == other  # to watch changes nothing
 
 
-def test_two_ranks_watch_as_one(inputs, judge, straight, tmp_path):
+def test_two_ranks_watch_as_one(judge, straight):
     """KL to an SFT model that is sharded. Mutants: each rank its own prompts only, an SFT model that is not sharded."""
     one, two = (straight("online", *judge, ranks=n) for n in (1, 2))
     for a, b in zip(measured(one, 0), measured(two, 0), strict=True):
@@ -270,16 +270,6 @@ def test_two_ranks_watch_as_one(inputs, judge, straight, tmp_path):
         assert a["watch"].keys() == b["watch"].keys() and a["hacking"] == b["hacking"]
         for name, values in a["watch"].items():
             assert b["watch"][name] == pytest.approx(values, abs=2e-3), name
-
-    # the same weights under another name are loaded, and at distance 0, also sharded
-    shutil.copytree(inputs / "base", tmp_path / "base")
-    with open(tmp_path / "base" / "config.json", "a", encoding="utf-8") as f:
-        f.write("\n")
-    go("online", *flags(inputs, "online"), "--sft", tmp_path / "base", "--watch", 5, "--rounds", 1, "--max_steps", 1,
-       "--out", tmp_path / "out", ranks=2, fault=partial(counted, tmp_path / "loads", "watch:load"))
-    assert sum(calls(tmp_path / "loads")) == 2
-    assert [r["log_ratio"] for r in measured(tmp_path / "out", 0)] == [0] * 5 != [
-        r["log_ratio"] for r in measured(tmp_path / "out", 1)]
 
 
 def test_killed_and_stopped_while_watching(inputs, judge, straight, tmp_path):
@@ -360,10 +350,19 @@ def hacked_behind_round_2(out, rank):
 
 
 def test_a_later_round_is_undone(inputs, judge, straight, tmp_path):
-    """The policy behind round 1 is saved, also by a run that was killed where it mattered; on two ranks, sharded."""
-    out, hack = tmp_path / "out", partial(hacked_behind_round_2, tmp_path / "out")
-    words = [*flags(inputs, "online"), *judge, "--on_hacking", "stop", "--out", out]
-    go("online", *words, code=143, ranks=2, fault=partial(before, STEP, 5, term))
+    """
+    The policy behind round 1 is saved, also by a run that was killed where it mattered; on two ranks, sharded. --sft is
+    --model under another name: it is loaded, and at distance 0 to the bit, also sharded.
+    """
+    out, hack, loads = tmp_path / "out", partial(hacked_behind_round_2, tmp_path / "out"), tmp_path / "loads"
+    shutil.copytree(inputs / "base", tmp_path / "base")
+    with open(tmp_path / "base" / "config.json", "a", encoding="utf-8") as f:
+        f.write("\n")
+    words = [*flags(inputs, "online"), *judge[:2], "--sft", tmp_path / "base", "--on_hacking", "stop", "--out", out]
+    count = partial(counted, loads, "watch:load")
+    go("online", *words, code=143, ranks=2, fault=partial(all_of, [count, partial(before, STEP, 5, term)]))
+    assert sum(calls(loads)) == 2 and [r["log_ratio"] for r in measured(folder(out), 0)] == [0] * 9
+    assert any(r["log_ratio"] for r in measured(folder(out), 1))
     kept = folder(out) / "resume" / "before-the-round" / "model.safetensors"
     expected, killed = load_file(kept), partial(before, "run:replace_dir", 1, kill, only=0)
     go("online", *words, ranks=2, code=None, fault=partial(all_of, [hack, killed]))
