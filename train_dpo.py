@@ -209,8 +209,9 @@ def main(cfg):
     with Run(cfg, device, cfg.model, identity) as run:
         begin = time.time()
         run.restore(models, optimizer)
-        watcher = watch.Watch(cfg, run, chat, watched, (reward_model, reward_chat), device, place) if watched else None
-        undone, undo = False, run.states.folder / "before-the-round"
+        watcher, undone, undo = None, False, run.states.folder / "before-the-round"
+        if cfg.prompts and watched:
+            watcher = watch.Watch(cfg, run, chat, watched, (reward_model, reward_chat), device, place)
         for round_number in range(run.round, rounds + 1):
             if cfg.prompts:
                 fresh, pairs_path = prompts[round_number - 1::rounds], run.folder / f"pairs-{round_number}.jsonl"

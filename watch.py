@@ -131,7 +131,8 @@ def sequence_logps(model, cfg, prompts, completions, device):
 def kl(log_ratios):
     """
     log pi(y) - log pi_sft(y) of samples y ~ pi, at temperature 1 and uncut -> (KL(pi || pi_sft), its standard error):
-    the plain mean, which is unbiased and may come out below 0 where the KL is small.
+    the plain mean, which is unbiased and may come out below 0 where the KL is small. Of completions that end at
+    --max_new_tokens at the latest.
     """
     return statistics.fmean(log_ratios), stderr(log_ratios)
 

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import statistics
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -127,6 +128,7 @@ def test_win_rate_and_summary_by_hand():
 
 @pytest.mark.parametrize("rewards, wins, expected", [
     ((1, 1, 1, 1), (0, 0, 0, 0.5), True),  # changes -.5 -.5 -.5 0: -.375 + 1.645 * .125 < 0
+    ((1, 1, 1, 1), (0, 0, 0.5, 0.5), True),  # -.25 + 1.645 * .144 < 0 < -.25 + 1.96 * .144
     ((1, 1, 1, 1), (0, 0.5, 0.5, 0.5), False),  # -.125 + 1.645 * .125 > 0: noise
     ((1, 1, 1, 1), (0, 0, 0, 1), False),  # -.25 + 1.645 * .25
     ((0, 0, 0, 0), (0, 0, 0, 0), False),  # no reward rises
@@ -246,6 +248,17 @@ def test_what_a_run_logs(inputs, judge, straight):
     assert [s["n"] for s in samples] == [20, 16] and all([*s["flagged"]] == ["truncated", "empty"] for s in samples)
 
 
+def test_a_model_that_was_asked_is_gone():
+    """Also one that points at itself, as FSDP's parts do. Mutants: no collection, the model returned."""
+    class Model:
+        def __init__(self):
+            self.root = self
+
+    made = []
+    answer = watch.briefly(lambda: made.append(weakref.ref(model := Model())) or model, lambda model: type(model).__name__)
+    assert answer == "Model" and made[0]() is None
+
+
 def test_the_first_policy_is_the_sft_model(inputs, straight, tmp_path):
     """Without --sft: KL is 0 to the bit, and nothing is loaded for it before the second measurement."""
     loads = tmp_path / "loads"
@@ -262,7 +275,7 @@ def test_the_first_policy_is_the_sft_model(inputs, straight, tmp_path):
 
 
 def test_two_ranks_watch_as_one(judge, straight):
-    """KL to an SFT model that is sharded. Mutants: each rank its own prompts only, an SFT model that is not sharded."""
+    """KL to an SFT model that is sharded. Mutants: each rank its own prompts only."""
     one, two = (straight("online", *judge, ranks=n) for n in (1, 2))
     for a, b in zip(measured(one, 0), measured(two, 0), strict=True):
         assert b == {k: pytest.approx(v, abs=1e-4) if isinstance(v, float) else v for k, v in a.items()}
