@@ -202,12 +202,12 @@ def test_eligible():
 
 @pytest.fixture(scope="module")
 def judge(inputs, tmp_path_factory):
-    """A second reward model, and an SFT model that is not --model: flags."""
+    """Flags: a second reward model, an SFT model that is not --model, and all samples of a round at once (sooner)."""
     here = tmp_path_factory.mktemp("judge")
     go("rm", "--model", inputs / "base", "--pairs", inputs / "pairs.jsonl", "--out", here / "judge", "--max_steps", 3,
        "--lr", 3e-3)
     go("sft", "--model", inputs / "base", "--data", inputs / "sft.jsonl", "--out", here / "sft", "--max_steps", 2)
-    return ["--judge", here / "judge", "--sft", here / "sft"]
+    return ["--judge", here / "judge", "--sft", here / "sft", "--prompts_at_once", 9]
 
 
 def measured(out, n):
@@ -310,11 +310,11 @@ def test_killed_and_stopped_while_watching(inputs, judge, straight, tmp_path):
     assert [r["round"] for r in rounds(out)] == [1, 2]
 
 
-def test_a_measurement_of_other_weights_is_not_used(inputs, judge, straight, tmp_path):
+def test_a_measurement_of_other_weights_is_not_used(inputs, tmp_path):
     """The round's end is lost with its state, and the round done again, at another rate."""
     out = tmp_path / "out"
-    words = [*flags(inputs, "online"), *judge, "--out", out]
-    go("online", *words, code=143, fault=partial(before, STEP, 2, term))
+    words = [*flags(inputs, "online"), "--watch", 3, "--max_steps", 2, "--samples", 3, "--prompts_at_once", 9, "--out", out]
+    go("online", *words, code=143, fault=partial(before, STEP, 1, term))
     go("online", *words, code=-9, fault=partial(before, "train_dpo:append_rows", 1, kill))  # of round 2
     old = measured(folder(out), 1)
     states(out)[0].joinpath("manifest.json").unlink()
@@ -332,8 +332,8 @@ def long_answers_win(inputs, out, monkeypatch, *more):
 
     monkeypatch.setattr(reward, "score", score)
     monkeypatch.setattr(train_dpo, "score", score)
-    words = [*flags(inputs, "online"), "--rounds", 3, "--samples", 8, "--temperature", 1.2, "--max_new_tokens", 24,
-             "--max_steps", 8, "--lr", 1e-2, "--warmup_steps", 0, "--out", out, *more]
+    words = [*flags(inputs, "online"), "--samples", 8, "--temperature", 1.2, "--max_new_tokens", 24, "--max_steps", 6,
+             "--prompts_at_once", 9, "--lr", 1e-2, "--warmup_steps", 0, "--out", out, *more]
     train_dpo.main(parse_config(train_dpo.Config, [str(w) for w in words]))
     return [r["hacking"] for r in rounds(out)]
 
@@ -344,15 +344,11 @@ def test_a_run_that_hacks_its_reward(inputs, judge, tmp_path, monkeypatch, capsy
     out = tmp_path / "out"
     found = long_answers_win(inputs, out, monkeypatch, *judge[:2], "--on_hacking", how)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward hacking: ")]
-    assert found[0] == ["over this round"] and len(found) == (1 if how == "stop" else 3)
+    assert found[0] == ["over this round"] and len(found) == (1 if how == "stop" else 2)
     assert bool(said) == (how != "ignore") and ("is undone" in "".join(said)) == (how == "stop")
     start, end = (load_file(p / "model.safetensors") for p in (inputs / "base", out))
     assert all(torch.equal(start[k], end[k]) for k in start) == (how == "stop")
     assert not (out / "resume").exists()
-
-
-def test_no_judge_no_alarm(inputs, tmp_path, monkeypatch):
-    assert long_answers_win(inputs, tmp_path / "out", monkeypatch) == [[], [], []]
 
 
 def hacked_behind_round_2(out, rank):
