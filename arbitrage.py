@@ -2,160 +2,292 @@
 Multilingual arbitrage (Odumakinde et al. 2024, https://arxiv.org/abs/2408.14960): no teacher is best in every language,
 so a pool of teachers answers every prompt and a reward model, the Arbiter, keeps the best answer.
 
-    sft.jsonl     the routed completion of each prompt: what the student is fine-tuned on
-    pairs.jsonl   best against worst of the pool, ties dropped: what offline DPO trains on
-    report.json   share of each teacher per language, mean reward of each teacher and of each router
+    completions.jsonl   what every teacher said, with rewards and the guards that it fails
+    sft.jsonl           the routed completion of each prompt: what the student is fine-tuned on
+    pairs.jsonl         best against worst of the pool, ties dropped: what offline DPO trains on; or, with --contrast, a
+                        strong teacher's answer against one translated from English (arXiv 2407.02552)
+    report.html         who answers what, the Arbiter's audit, routers compared; report.json: the same as numbers
 
-Routers: `reward` keeps the highest reward (the recipe's); `fixed` takes, per language, the teacher with the highest
-mean reward on the first --fixed_on prompts; `single` takes the one teacher with the highest mean reward overall;
-`random` draws one per prompt. Rewards are compared only within a prompt, except for those means, which compare teachers
-on the same prompts.
+Routers (routers.py): `reward` (the recipe's), `fixed`, `single`, `random`, `learned`. Pool, endpoints, translated answers:
+teachers.py. What is never routed, whatever its reward: guards.py.
+
+1. --audit: preference rows say whether the Arbiter can be trusted, language by language, before anything is asked.
+2. The teachers answer: all of them every prompt (router reward), or all of them the first --scored prompts of a language,
+   from which teachers are picked, and then only the picked one each other prompt. 3. The Arbiter scores. 4. Routing.
+
+All of it can be stopped and killed at any time: the same command goes on, and nothing is asked or scored twice.
 
 python arbitrage.py --prompts out/mini/data/arbitrage.jsonl --teachers out/mini/teacher-*/ --out out/my-arbitrage
+python arbitrage.py --router learned --scored 30 --out out/my-learned
 python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router random --out out/my-random
 """
 
+import contextlib
+import dataclasses
 import json
-import random
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import asking
+import numpy as np
+
 import common
 from chat import Chat
-from common import die, parse_config, print0
-from data import read_rows, write_rows
-from generate import complete
-from model import load
-from reward import best_against_worst, load_reward_model, preference_row, score, usable
-
-ROUTERS = ("reward", "fixed", "single", "random")
+from common import atomic_file, die, parse_config, print0
+from guards import GUARDS
+from languages import LANGUAGES
+from pool import Work, ask, read_prompts, sample_of
+from pool_page import page
+from pool_report import completed, refused, samples_of, summary
+from reward import load_reward_model, preference_row, read_audit, run_audit
+from routers import ROUTERS, Picks, best_slot, make_table
+from rows import RowsOnDisk
+from teachers import fingerprint, identity, read_pool
 
 
 @dataclass
 class Config:
     prompts: str = "out/mini/data/arbitrage.jsonl"  # rows with id, language, prompt
+    languages: list[str] = field(default_factory=list)  # only prompts in these languages (default: all)
     teachers: list[str] = field(default_factory=lambda: [f"out/mini/teacher-{c}" for c in (
-        "western", "eastern", "mideast", "asian")])  # the pool: folders, or http(s)://host:port/v1#model (asking.py)
+        "western", "eastern", "mideast", "asian")])  # the pool: folders, hub names, URL#name or files of completions
+    pool: str = ""  # file with one teacher a line, with settings of its own, instead of --teachers (teachers.py)
     reward_model: str = "out/mini/rm"  # the Arbiter
-    completions: str = ""  # route these completions, sampled and scored before, instead of asking the teachers
-    router: str = "reward"  # reward, fixed, single or random
+    judge: str = ""  # a second reward model: agreement in the audit, and win rates that are not the Arbiter's own
+    audit: list[str] = field(default_factory=list)  # preference rows; untrusted languages are refused before anything is asked
+    force: bool = False  # route languages in which the Arbiter is no better than chance all the same
+    completions: list[str] = field(default_factory=list)  # route these, sampled and scored before; nobody is asked
+    router: str = "reward"  # reward, fixed, single, random or learned
+    fixed: list[str] = field(default_factory=list)  # router fixed: language=teacher ... (default: the sample's best)
+    learned: str = ""  # router learned: router.safetensors of an earlier run; nothing is scored first
+    scored: int = 50  # prompts per language that all teachers answer before fixed, single and learned pick one
+    guards: list[str] = field(default_factory=lambda: list(GUARDS))  # what is never routed, and never the chosen side of a pair
+    rejected_guards: list[str] = field(default_factory=lambda: ["truncated", "empty"])  # what is never the rejected side
+    contrast: list[str] = field(default_factory=list)  # two teachers: pairs are the first's answers against the second's
+    margin: float = 0.0  # rewards of a pair must be further apart than this
     out: str = "out/mini/arbitrage-run"  # folder to write
     samples: int = 1  # completions per teacher and prompt
     temperature: float = 0.0  # of the samples; 0: greedy
-    max_new_tokens: int = 48  # longest completion; a completion that is cut off is never routed
-    margin: float = 0.0  # best and worst must be further apart than this to make a pair
-    fixed_on: int = 50  # router fixed: prompts per language that choose the teacher
-    seed: int = 0
+    top_p: float = 1.0  # keep the most likely tokens that hold this much probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
+    max_new_tokens: int = 48  # longest completion; one that is cut off is never routed
+    batch_size: int = 256  # sequences in flight
+    batch_tokens: int = 8192  # tokens per forward of the reward model, padding included
+    completions_at_once: int = 4096  # asked or scored between two writes; a kill costs at most so many
+    threads: int = 16  # endpoint: requests at once
+    timeout: float = 600.0  # endpoint: seconds for a response
+    retries: int = 6  # endpoint: further tries of a request that failed
+    resume: str = "auto"  # auto: go on where the same command stopped; never: start over
+    seed: int = 0  # of the draws
 
 
-def ask(cfg, rows, device):
-    """Every teacher answers every prompt, one teacher in memory at a time: -> completion rows with rewards."""
-    done = []
-    for teacher in cfg.teachers:
-        begin, name = time.time(), teacher.partition("#")[2] if "://" in teacher else Path(teacher).name
-        if "://" in teacher:
-            done += asking.complete(teacher, rows, asking.journal_of(cfg.out), cfg.max_new_tokens, cfg.temperature,
-                                    samples=cfg.samples, seed=cfg.seed)
-        else:
-            done += complete(load(teacher, device=device), Chat(teacher), rows, cfg.max_new_tokens, cfg.temperature,
-                             samples=cfg.samples, seed=cfg.seed, teacher=name)
-        print0(f"{name}: {len(rows) * cfg.samples} completions in {time.time() - begin:.1f} s")
-    begin = time.time()
-    model, chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
-    rewards = score(model, chat, [(r["prompt"], r["completion"]) for r in done])
-    print0(f"{len(done)} rewards in {time.time() - begin:.1f} s")
-    return [row | {"reward": reward} for row, reward in zip(done, rewards)]
+# ---------------------------------------------------------------------------------------------------------------------
+# what is written
+
+def chosen_slots(cfg, table, picks, prompt_of):
+    """(P,) the slot that the router keeps for each prompt; -1: none."""
+    if cfg.router == "reward":
+        return best_slot(table)
+    return best_slot(table, picks.pick(cfg.router, table.ids, table.languages.tolist(), table.asked(), prompt_of))
 
 
-def by_prompt(completions):
-    """Completion rows -> {prompt id: its rows}, usable ones only: not cut off, not empty. Prompts keep their order."""
-    groups = {}
-    for row in completions:
-        group = groups.setdefault(row["id"], [])
-        if usable(row):
-            group.append(row)
-    return groups
+def pair_of(cfg, table, p):
+    """
+    (chosen, rejected) slots of prompt p, or None: the best against the worst of the pool, or the best of one teacher against
+    the worst of another. What the guards refuse may be rejected all the same: preferences teach not to say it.
+    """
+    able = [table.may[p], table.may_lose[p]]
+    if cfg.contrast:
+        able = [a & (table.owner == table.teachers.index(name)) for a, name in zip(able, cfg.contrast)]
+    if not able[0].any() or not able[1].any():
+        return None
+    best, worst = np.where(able[0], table.scores[p], -np.inf).argmax(), np.where(able[1], table.scores[p], np.inf).argmin()
+    return (best, worst) if table.scores[p, best] - table.scores[p, worst] > cfg.margin else None
 
 
-def mean_rewards(completions):
-    """{teacher: mean reward} over rows of the same prompts."""
-    rewards = {}
-    for row in completions:
-        rewards.setdefault(row["teacher"], []).append(row["reward"])
-    return {teacher: statistics.fmean(r) for teacher, r in rewards.items()}
+def write_data(cfg, folder, table, files, chosen):
+    """
+    completions.jsonl, sft.jsonl and pairs.jsonl, prompt by prompt -> (P,) bool: which have a pair. Texts come from the files
+    that hold them, one prompt at a time.
+    """
+    fields, paired = ("id", "language", "prompt", "completion", "teacher", "reward"), np.zeros(len(table.ids), bool)
+    with contextlib.ExitStack() as stack:
+        completions, sft, pairs = (stack.enter_context(atomic_file(folder / f"{name}.jsonl"))
+                                   for name in ("completions", "sft", "pairs"))
+        write = lambda f, row: f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for p in range(len(table.ids)):
+            rows = {s: files[table.file[p, s]][table.row[p, s]] for s in np.flatnonzero(table.there[p])}
+            for row in rows.values():
+                write(completions, row)
+            if chosen[p] >= 0:
+                write(sft, {key: rows[chosen[p]][key] for key in fields})
+            if found := pair_of(cfg, table, p):
+                best, worst = rows[found[0]], rows[found[1]]
+                if best["completion"].strip() != worst["completion"].strip():
+                    paired[p] = True
+                    write(pairs, preference_row(best, worst) | {"chosen_teacher": best["teacher"],
+                                                                "rejected_teacher": worst["teacher"]})
+    return paired
 
 
-def route(groups, router, seed=0, fixed_on=50):
-    """{prompt id: candidates} -> the chosen row of every prompt that has one."""
-    rng, everything = random.Random(seed), [r for g in groups.values() for r in g]
-    if router == "reward":
-        return [max(group, key=lambda r: r["reward"]) for group in groups.values() if group]
-    if router == "random":
-        return [rng.choice(group) for group in groups.values() if group]
-    means = mean_rewards(everything)
-    favourite = {language: max(means, key=means.get) for language in {r["language"] for r in everything}}
-    if router == "fixed":
-        for language in favourite:
-            ids = list(dict.fromkeys(r["id"] for r in everything if r["language"] == language))[:fixed_on]
-            means = mean_rewards(r for i in ids for r in groups[i])
-            favourite[language] = max(means, key=means.get)
-    chosen = [[r for r in group if r["teacher"] == favourite[r["language"]]] for group in groups.values()]
-    return [rows[0] for rows in chosen if rows]
+def audited(cfg, arbiters, path):
+    """The audit's table of the languages that are asked for, from `path` if the same rows were scored before."""
+    of = [cfg.languages, *map(fingerprint, cfg.audit)]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("of") == of:
+        return before["table"]
+    rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
+    table = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
+    if common.is_main():
+        with atomic_file(path) as f:
+            json.dump({"of": of, "table": table}, f, ensure_ascii=False)
+    return table
 
 
-def preference_rows(groups, margin):
-    """Best against worst of the pool per prompt: chosen, rejected and their rewards."""
-    pairs = []
-    for group in groups.values():
-        if found := best_against_worst(group, margin):
-            best, worst = found
-            pairs.append(preference_row(best, worst)
-                         | {"chosen_teacher": best["teacher"], "rejected_teacher": worst["teacher"]})
-    return pairs
+def check(cfg):
+    """Ends with one line if flags make no sense."""
+    for name in ("scored", "completions_at_once"):
+        if getattr(cfg, name) < 1:
+            die(f"--{name} is at least 1, got {getattr(cfg, name)}")
+    if cfg.router not in ROUTERS:
+        die(f"--router {cfg.router}: known are {', '.join(ROUTERS)}")
+    if unknown := [name for name in cfg.guards + cfg.rejected_guards if name not in GUARDS]:
+        die(f"a guard {unknown[0]!r}: known are {', '.join(GUARDS)}")
+    if cfg.judge and cfg.judge == cfg.reward_model:
+        die("--judge is another reward model than --reward_model, or none")
+    if (cfg.fixed and cfg.router != "fixed") or (cfg.learned and cfg.router != "learned"):
+        die(f"--fixed and --learned are for the routers of these names, not for {cfg.router}")
+
+
+def given_teachers(cfg, names):
+    """--fixed de=a fr=b -> {language: number of the teacher}"""
+    given = {}
+    for pair in cfg.fixed:
+        language, _, name = pair.partition("=")
+        if language not in LANGUAGES or name not in names:
+            die(f"--fixed {pair}: give language=teacher, one of {', '.join(names)}")
+        given[language] = names.index(name)
+    if len(cfg.contrast) not in (0, 2) or (lost := [name for name in cfg.contrast if name not in names]):
+        die(f"--contrast {' '.join(cfg.contrast)}: give two teachers, the strong one first, of {', '.join(names)}")
+    return given
+
+
+def is_finished(cfg, settings):
+    """Has the same command made cfg.out already? Ends if it would be paid for again to be written in another way."""
+    path, unfinished = Path(cfg.out) / "run.json", Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
+    if cfg.resume == "never" or unfinished.exists() or not path.exists():
+        return False
+    before, written = json.loads(path.read_text(encoding="utf-8")), ("margin", "contrast", "guards", "rejected_guards")
+    if before["settings"] != settings:
+        return False
+    hint = f"--completions {cfg.out}/completions.jsonl routes its answers in other ways, --resume never asks for all again"
+    if any(before["config"][name] != getattr(cfg, name) for name in written):
+        die(f"{cfg.out} holds these answers already, written with other flags: {hint}")
+    print0(f"{cfg.out} is finished: {hint}")
+    return True
+
+
+def say(cfg, report):
+    """The report in a few lines."""
+    print(f"router {cfg.router}: {report['routed']} of {report['prompts']} prompts routed, {report['pairs']} pairs, "
+          f"{report['unusable']} of {sum(t['completions'] for t in report['teachers'].values())} completions refused by the "
+          f"guards -> {cfg.out}")
+    if "routers" in report:
+        print(f"routers compared on {report['compared']['prompts']} other prompts; win rate against "
+              f"{report['compared']['baseline']} by {report['compared']['judged_by']}")
+    for name, r in report.get("routers", {}).items():
+        reward = "      -" if r["reward"] is None else f"{r['reward']:7.3f}"
+        print(f"{name:<28} reward {reward} | win rate {100 * r['win_rate'][0]:5.1f} % | {r['completions']} completions"
+              + ("" if r["tokens"] is None else f", {r['tokens']} tokens"))
+    for name, t in report["teachers"].items():
+        if t.get("stopped"):
+            print(f"{name} was given up ({t['stopped']}): the same command asks only for what is missing")
 
 
 def main(cfg):
-    if cfg.router not in ROUTERS:
-        die(f"--router {cfg.router}: known are {', '.join(ROUTERS)} (a learned router is not built yet)")
-    device = common.init_distributed()
+    begin, device, audit, untrusted, stopped, work = time.time(), common.init_distributed(), {}, [], {}, None
+    check(cfg)
+
+    def arbiters():
+        """The reward models; nobody keeps them while teachers answer."""
+        paths = {"reward": cfg.reward_model} | ({"judge_reward": cfg.judge} if cfg.judge else {})
+        return {name: (load_reward_model(path, device=device), Chat(path)) for name, path in paths.items()}
+
     if cfg.completions:
-        completions = read_rows(cfg.completions, "completions")
-        if lacking := next((i for i, r in enumerate(completions, 1) if "reward" not in r or "teacher" not in r), None):
-            die(f"{cfg.completions}:{lacking} has no reward or no teacher; score the file with reward.py first")
+        files, pool, duplicates = [RowsOnDisk(path) for path in cfg.completions], [], 0
+        table, counts = make_table(files, cfg.guards, cfg.rejected_guards)
+        picks = Picks(table.teachers, given_teachers(cfg, table.teachers), cfg.seed, cfg.learned)
+        sample = sample_of(table.languages, cfg.scored)
     else:
-        completions = ask(cfg, read_rows(cfg.prompts, "prompts"), device)
-    groups = by_prompt(completions)
-    chosen, pairs = route(groups, cfg.router, cfg.seed, cfg.fixed_on), preference_rows(groups, cfg.margin)
-    if not chosen:
-        die(f"router {cfg.router} has nothing to route: every completion was cut off at {cfg.max_new_tokens} tokens or "
-            "empty; train the teachers longer, or raise --max_new_tokens")
-    shares = {}
-    for row in chosen:
-        share = shares.setdefault(row["language"], {})
-        share[row["teacher"]] = share.get(row["teacher"], 0) + 1
-    report = {"router": cfg.router, "prompts": len(groups), "routed": len(chosen), "pairs": len(pairs),
-              "unusable": sum(not usable(r) for r in completions),
-              "teacher_mean_reward": mean_rewards(completions), "router_mean_reward": {},
-              "teacher_share": {l: {t: n / sum(s.values()) for t, n in s.items()} for l, s in shares.items()}}
-    for router in ROUTERS:  # over the prompts it found a usable completion for; None: it found none
-        rewards = [r["reward"] for r in route(groups, router, cfg.seed, cfg.fixed_on)]
-        report["router_mean_reward"][router] = statistics.fmean(rewards) if rewards else None
+        # 1) what is asked, and whom; an unfinished run of the same goes on
+        pool = read_pool(cfg)
+        names = [teacher.name for teacher in pool]
+        picks = Picks(names, given_teachers(cfg, names), cfg.seed, cfg.learned)
+        prompts, numbers, duplicates = read_prompts(cfg.prompts, cfg.languages)
+        settings = {"prompts": fingerprint(cfg.prompts), "languages": cfg.languages, "seed": cfg.seed, "router": cfg.router,
+                    "reward model": fingerprint(cfg.reward_model), "judge": cfg.judge and fingerprint(cfg.judge),
+                    "pool": {teacher.name: identity(teacher) for teacher in pool}}
+        if cfg.router != "reward":  # what picks depend on
+            settings |= {"scored": cfg.scored, "fixed": cfg.fixed, "guards": cfg.guards,
+                         "learned": cfg.learned and fingerprint(cfg.learned)}
+        if is_finished(cfg, settings):
+            return
+        work = Work(cfg, settings)
+
+        # 2) can the Arbiter be trusted? before anything is paid for
+        if cfg.audit:
+            audit = audited(cfg, arbiters, work.folder / "audit.json")
+            asked = {prompts[n]["language"] for n in numbers}
+            untrusted = [language for language in audit if language in asked and not audit[language]["trusted"]]
+            if untrusted and not cfg.force:
+                die(f"the Arbiter is no better than chance in {' '.join(untrusted)} (its interval holds 0.5): take another "
+                    "reward model, more audit rows, leave them out with --languages, or --force")
+            if unseen := sorted(asked - audit.keys()):
+                print0(f"no audit rows in {' '.join(unseen)}: nothing says whether the Arbiter can be trusted there")
+
+        # 3) answers and rewards
+        files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
+        table, counts = make_table(files, cfg.guards, cfg.rejected_guards, names, [prompts[n]["id"] for n in numbers])
+
+    # 4) routing
+    def prompt_of(p):
+        s = int(table.there[p].argmax())
+        return files[table.file[p, s]][table.row[p, s]]["prompt"]
+
+    counted = refused(counts)
+    if not table.may.any():
+        die("there is nothing to route, the guards refuse every completion: " + "; ".join(
+            f"{name} " + ", ".join(f"{guard} {n}" for guard, n in sorted(of["all"].items()) if guard not in ("n", "dropped"))
+            for name, of in counted.items()) + " (truncated: raise --max_new_tokens; --guards names what is refused)")
+    given = cfg.learned or (cfg.router == "fixed" and set(table.languages.tolist()) <= set(picks.given))
+    if cfg.router in ("fixed", "single", "learned") and not given:
+        done = completed(table)
+        picks.fit(table, next(rows for rows in (sample & done, done, sample | True) if rows.any()), prompt_of)
+    chosen = chosen_slots(cfg, table, picks, prompt_of)
+
+    # 5) files and report
     with common.atomic_dir(cfg.out) as folder:
         if common.is_main():
-            write_rows(folder / "completions.jsonl", completions)
-            fields = ("id", "language", "prompt", "completion", "teacher", "reward")
-            write_rows(folder / "sft.jsonl", [{k: r[k] for k in fields} for r in chosen])
-            write_rows(folder / "pairs.jsonl", pairs)
-            (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    if common.is_main() and not cfg.completions:
-        asking.journal_of(cfg.out).unlink(missing_ok=True)  # not before the folder is whole
-    print0(f"router {cfg.router}: {len(chosen)} of {len(groups)} prompts routed, {len(pairs)} pairs, "
-           f"{report['unusable']} of {len(completions)} completions cut off or empty -> {cfg.out}")
-    for router, mean in report["router_mean_reward"].items():
-        print0(f"mean reward, {router:<6} " + ("-" if mean is None else f"{mean:.3f}"))
+            paired = write_data(cfg, folder, table, files, chosen)
+            report = summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of) | {
+                "duplicates": duplicates, "audit": audit or None, "forced": untrusted, "seed": cfg.seed,
+                "seconds": round(time.time() - begin, 1), "commit": common.git_commit(), "hardware": common.hardware()}
+            for teacher in pool:
+                report["teachers"][teacher.name] |= {"model": teacher.model, "stopped": stopped.get(teacher.name, "")}
+            with atomic_file(folder / "report.json") as f:
+                json.dump(report, f, ensure_ascii=False, indent=1)
+            if cfg.router == "learned":
+                picks.learned.save(folder / "router.safetensors")
+            shown = samples_of(table, files, chosen, lambda p: pair_of(cfg, table, p))
+            with atomic_file(folder / "report.html", "wb") as f:
+                f.write(page(report, shown).encode("utf-8", "replace"))
+            if work:
+                with atomic_file(folder / "run.json") as f:
+                    json.dump({"settings": settings, "config": dataclasses.asdict(cfg)}, f, ensure_ascii=False, indent=1)
+    if work:
+        work.end(keep=bool(stopped))
+    if common.is_main():
+        say(cfg, report)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ from endpoint import LONGEST_WAIT, Answer, Ask, Connection, Endpoint, Failure
 
 FIRST_WAIT = 1.0  # seconds, at most, before the second try; then twice as long each time
 GIVE_UP = 50  # asks that failed in a row: the server is not going to recover
+
+
+class Gone(SystemExit):
+    """The server answers nothing (more): one line as die() writes it, for who has other servers to go on with."""
+
+
 jitter = random.Random()  # from the system's randomness: no seeded draw moves when a server is slow
 
 
@@ -88,8 +94,8 @@ def persist(connection, ask, retries, stop, events, alive):
 def answers(endpoint, asks, journal, threads=16, timeout=600.0, retries=6):
     """
     [Ask] -> [Answer], in order; one that still failed after so many `retries` has no text but a failure. `journal`:
-    path of a file; what it holds is not asked again. `timeout`: seconds for a response. Ends with one line if nothing
-    succeeds at all, if nothing does any more, and after Ctrl-C; what was answered stays in the journal.
+    path of a file; what it holds is not asked again. `timeout`: seconds for a response. Raises Gone if nothing succeeds
+    at all, or nothing does any more; ends with one line after Ctrl-C. What was answered stays in the journal.
     """
     if threads < 1 or timeout <= 0 or retries < 0:
         die(f"an endpoint needs threads >= 1, timeout > 0 and retries >= 0; got {threads}, {timeout} and {retries}")
@@ -135,8 +141,8 @@ def answers(endpoint, asks, journal, threads=16, timeout=600.0, retries=6):
                 # once something has succeeded, a refusal of one prompt says nothing about the others
                 in_a_row += result.everyone or result.again or not succeeded
                 if in_a_row >= GIVE_UP or (result.everyone and not succeeded):
-                    die(f"{endpoint.url}: {result}" + f" (and {in_a_row - 1} before it failed)" * (in_a_row > 1)
-                        + (f"; {kept()} answers are kept in {journal.path}" if kept() else ""))
+                    raise Gone(f"error: {endpoint.url}: {result}" + f" (and {in_a_row - 1} before it failed)" * (in_a_row > 1)
+                               + (f"; {kept()} answers are kept in {journal.path}" if kept() else ""))
             else:
                 raise result
     except KeyboardInterrupt:
@@ -163,17 +169,21 @@ def draw_seed(*parts):
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode("ascii")).digest()[:4], "big") >> 1
 
 
-def complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, min_p=0.0, stop=(),
-             **sending):
+def check_sampling(temperature, top_p, min_p, samples, max_new_tokens, batch_size=1):
+    """Ends with one line if a setting makes no sense."""
+    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or min(samples, max_new_tokens, batch_size) < 1:
+        die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1, max_new_tokens >= 1 and "
+            f"batch_size >= 1; got {temperature}, {top_p}, {min_p}, {samples}, {max_new_tokens} and {batch_size}")
+
+
+def try_to_complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, min_p=0.0, stop=(),
+                    **sending):
     """
     Rows with id, language, prompt -> the completion rows that generate.complete() makes of them (teacher: the model's
-    name). `sending`: threads, timeout, retries of answers(). If some have no answer: how many, why, and exit status 1.
+    name; tokens: as the server counts them, or None). An ask without an answer is a row with an empty completion that has
+    not `ended`, and a `failure`. `sending`: threads, timeout, retries of answers(), which also says what is raised.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        die(f"{url} is asked by one process, which sends many requests at once: start it without torchrun")
-    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or samples < 1 or max_new_tokens < 1:
-        die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1 and max_new_tokens >= 1; got "
-            f"{temperature}, {top_p}, {min_p}, {samples} and {max_new_tokens}")
+    check_sampling(temperature, top_p, min_p, samples, max_new_tokens)
     endpoint, asks, seen = Endpoint(url), [], Counter()
     for row in rows:
         # a prompt is named by its id, and by its place among rows with that id: without a row the others are the same
@@ -185,17 +195,26 @@ def complete(url, rows, journal, max_new_tokens, temperature=0.0, top_p=1.0, sam
                      min_p, tuple(stop))
                  for k in range(samples)]
     found = answers(endpoint, asks, journal, **sending)
-    if reasons := Counter(a.failure for a in found if a.text is None):
+    return [{"id": row["id"], "language": row["language"], "prompt": row["prompt"], "completion": answer.text or "",
+             "teacher": endpoint.model, "sample": k, "ended": answer.ended, "tokens": answer.completion_tokens}
+            | ({} if answer.text is not None else {"failure": answer.failure})
+            for (row, k), answer in zip(((row, k) for row in rows for k in range(samples)), found)]
+
+
+def complete(url, rows, journal, *settings, **more):
+    """try_to_complete(); if some asks have no answer: how many, why, and exit status 1."""
+    found = try_to_complete(url, rows, journal, *settings, **more)
+    if reasons := Counter(row["failure"] for row in found if "failure" in row):
         shown = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
         die(f"{reasons.total()} of {len(found)} asks of {url} failed: {shown}{'; ...' * (len(reasons) > 3)}. {journal} "
             "keeps the other answers (and all reasons): the same command asks only for these again")
-    return [{"id": row["id"], "language": row["language"], "prompt": row["prompt"], "completion": answer.text,
-             "teacher": endpoint.model, "sample": k, "ended": answer.ended}
-            for (row, k), answer in zip(((row, k) for row in rows for k in range(samples)), found)]
+    return found
 
 
 def complete_file(cfg):
     """What generate.py does for an endpoint; `cfg` is its Config."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        die(f"{cfg.model} is asked by one process, which sends many requests at once: start it without torchrun")
     if cfg.prompts is None:
         die(f"{cfg.model} is an endpoint, and the chat in the terminal takes a folder; give --prompts FILE")
     rows = [r for r in read_rows(cfg.prompts, "prompts") if not cfg.languages or r["language"] in cfg.languages]

@@ -3,6 +3,16 @@
 import torch
 
 
+def sizes_of(cfg, capacity):
+    """Tokens that a slot of this capacity holds in each layer: a sliding one keeps no more than its window."""
+    return [min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers)]
+
+
+def slot_bytes(cfg, capacity, dtype):
+    """Memory of one slot, in bytes."""
+    return 2 * dtype.itemsize * cfg.num_key_value_heads * cfg.head_dim * sum(sizes_of(cfg, capacity))
+
+
 class KVCache:
     """
     Keys and values of `slots` sequences in every layer, preallocated: (slots, Hkv, size, D) each, so that what a query
@@ -14,7 +24,7 @@ class KVCache:
     """
 
     def __init__(self, cfg, slots, capacity, dtype, device):
-        self.sizes = [min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers)]
+        self.sizes = sizes_of(cfg, capacity)
         self.k, self.v = ([torch.zeros(slots, cfg.num_key_value_heads, size, cfg.head_dim, dtype=dtype, device=device)
                            for size in self.sizes] for _ in range(2))
         if self.k[0].device.type == "cpu":  # of keys a CPU multiplies faster what lies in memory as (Hkv, D, size)

@@ -1,12 +1,20 @@
 """
-What report.py's page is made of: escaped markup, numbers that may be missing, charts whose text keeps its size at every
-width, and the stylesheet. Nothing here knows what the page is about, but for the colours and families of languages.
+What the pages of report.py and pool_page.py are made of: escaped markup, numbers that may be missing, charts whose text
+keeps its size at every width, and the stylesheet. Nothing here knows what a page is about, but for the colours and
+families of languages.
 """
 
 import math
 from html import escape
 
-from data import CLUSTERS, LANGUAGES, SHARED
+from languages import CLUSTERS, LANGUAGES, SHARED
+
+RIGHT_TO_LEFT = ("ar", "fa", "he")
+OPEN_FIRST = ("ar", "hi", "ja", "he", "de", "fa")  # languages whose samples are unfolded when the page loads
+
+# Control characters are shown by their pictures; half a surrogate pair, which no file can hold, as a broken character
+PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(
+    (*range(0x7F, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -17,8 +25,8 @@ class Html(str):
 
 
 def safe(text):
-    """Text for a page: markup escaped, and control characters shown by their pictures."""
-    return escape(str(text)).translate({c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"})
+    """Text for a page: markup escaped, and what a file or a screen cannot show replaced by PICTURES."""
+    return escape(str(text)).translate(PICTURES)
 
 
 def h(tag, *children, **attributes):
@@ -39,6 +47,13 @@ def number(tree, *path):
         except (KeyError, IndexError, TypeError):
             return None
     return tree if isinstance(tree, (int, float)) and math.isfinite(tree) else None
+
+
+def branch(tree, *path):
+    """The dictionary at tree[a][b][c], else {}: what is missing or null has nothing in it."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
 
 
 def win_rate(tree, *path):
@@ -87,6 +102,11 @@ def families(codes):
     return [(title, colour, here) for title, colour, own in groups if (here := [c for c in own if c in codes])]
 
 
+def in_order(codes):
+    """Languages in the order of their families; those of none by their codes."""
+    return [c for _, _, group in families(sorted(codes)) for c in group]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # charts: rows of label | SVG | value. Horizontal positions are percentages, so text keeps its size at every width
 
@@ -115,6 +135,13 @@ class Axis:
         line = self.line(a, b, "rise" if b >= a else "fall") if None not in (a, b) else None
         return [line, self.dot(a, "before"), self.dot(b, "after")]
 
+    def duel(self, label, win, value=None, note=None, height=44):
+        """A rate and its 95 % interval, [mean, low, high] or None; coloured where the interval leaves out one half."""
+        side = "better" if win and win[1] > 0.5 else "worse" if win and win[2] < 0.5 else "even"
+        marks = win and [self.line(win[1], win[2], f"interval {side}"), self.dot(win[0], side)]
+        say = "{:.3f}, 95 % interval from {:.3f} to {:.3f}".format(*win) if win else "not judged"
+        return self.row(label, marks, value or win_text(win), note, say, height)
+
     def row(self, label, marks, value, note=None, say=None, height=26):
         """`say` is the drawing in words: its tooltip, and its name for who cannot see it."""
         say = f"{label}: {say or value}"
@@ -140,6 +167,15 @@ def figure(title, caption, *parts):
     return h("figure", caption, h("div", parts), role="group", aria_label=title)
 
 
+def duels(title, caption, named_wins):
+    """Win rates [(label, [mean, low, high] or None, note...)]: one half in the middle, as wide as the widest needs."""
+    far = max([0.1] + [abs(v - 0.5) for _, win, *_ in named_wins if win for v in win])
+    far = min(0.5, math.ceil(10 * far - 1e-9) / 10)
+    axis = Axis(0.5 - far, 0.5 + far, middle="mark")
+    rows = [axis.duel(label, win, note=note[0] if note else None) for label, win, *note in named_wins]
+    return figure(title, caption, axis.ruler(), rows) if any(win for _, win, *_ in named_wins) else None
+
+
 def by_family(axis, codes, row):
     """The rows of all languages, each family under its own ruler; two columns where there is room."""
     return h("div", [h("div", axis.ruler(title, colour), [row(c) for c in codes if c in own], class_="group")
@@ -152,10 +188,30 @@ def key(*items):
     return h("p", [h("span", mark, text) for mark, (_, text) in zip(marks, items)], class_="key")
 
 
+def tiles(*named):
+    """The numbers to remember: (number, what it is), or None."""
+    return h("div", [h("p", h("b", big), h("small", small)) for big, small in filter(None, named)], class_="tiles")
+
+
+def quote(text, code, class_):
+    """What a person or a model wrote: isolated from the text around it, its language and direction declared."""
+    text = (text or [None])[-1] if isinstance(text, list) else text  # chat messages: the last one
+    text = text.get("content") if isinstance(text, dict) else text
+    text = "" if text is None else str(text)
+    text = text if len(text) <= 300 else f"{text[:300]}… ({len(text)} characters)"
+    return h("p", text or "(empty)", class_=class_, lang={"zh": "zh-Hans"}.get(code, code), dir="auto")
+
+
+def card(prompt, code, answers):
+    """A prompt and its answers side by side; in a language that runs to the left, so do they."""
+    return h("article", quote(prompt, code, "prompt"), h("div", answers, class_="answers"),
+             dir="rtl" if code in RIGHT_TO_LEFT else None)
+
+
 def table(caption, head, rows):
     """The first cell of each row is its header. A cell (text, shade) is tinted by shade in [0, 1]."""
     def cell(c):
-        return h("td", c[0], style=f"--shade:{50 * c[1]:.0f}%") if isinstance(c, tuple) else h("td", c)
+        return h("td", c[0], style=f"--shade:{50 * min(max(c[1], 0), 1):.0f}%") if isinstance(c, tuple) else h("td", c)
     rows = [h("tr", h("th", row[0], scope="row"), [cell(c) for c in row[1:]]) for row in rows]
     head = h("tr", [h("th", c, scope="col") for c in head])
     return h("div", h("table", h("caption", caption), h("thead", head), h("tbody", rows)), class_="scroll",
@@ -219,10 +275,21 @@ article{background:var(--card);border:1px solid var(--grid);border-radius:8px;pa
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:.35rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}th{font-weight:500}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}caption{text-align:left;padding:.4rem 0}
+.heat thead th{white-space:normal;overflow-wrap:anywhere;min-width:4.4rem;vertical-align:bottom}
+h3,bdi,footer{overflow-wrap:anywhere}.whisker{stroke:var(--muted);stroke-width:2}.drop{color:var(--bad);font-size:.8rem}
 td[style]{background:color-mix(in srgb,var(--accent) var(--shade),transparent)}
 @media(max-width:46rem){.tiles,.pair,.trio,.answers{grid-template-columns:1fr}.columns{columns:1}
 .row,.columns .row,.trio .row,.pair figure+figure .row{grid-template-columns:6.6rem minmax(0,1fr) 5rem;gap:.6rem;
 font-size:.85rem}.pair figure+figure .label{display:block}
+tbody th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:6.4rem}
 .pair .label small,.pair .empty,text:nth-child(even){display:none}.claims li{grid-template-columns:1rem 1fr}
 .claims li b+span+b{grid-column:2}}
 </style>""")
+
+
+def document(title, header, sections, footer):
+    """The whole page as a string. Of the sections (title, lead or None, parts), those without parts are left out."""
+    body = [h("section", h("h2", name), lead and h("p", lead, class_="lead"), parts) for name, lead, parts in sections
+            if (any(parts) if isinstance(parts, list) else parts)]
+    return "<!doctype html>\n" + h("html", h("head", HEAD, h("title", title)), h(
+        "body", header, h("main", body), h("footer", footer)), lang="en")

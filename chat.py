@@ -101,9 +101,9 @@ def compile_template(text, where):
         die(f"{where}: the chat template cannot be compiled ({one_line(e)})")
 
 
-def read_template(folder, config):
+def read_template(folder, config, other=None):
     """The template's text and the file it is from: chat_template.jinja, else tokenizer_config.json; (None, None)."""
-    if (path := folder / "chat_template.jinja").exists():
+    if (path := Path(other or folder / "chat_template.jinja")).exists() or other:
         try:
             return path.read_text(encoding="utf-8"), path
         except (OSError, ValueError) as e:
@@ -124,7 +124,8 @@ class Chat:
     they are marked special or not (Aya's are not); vocab_size: ids from here on have no text and must not be sampled.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, template=None):
+        """`template`: a file with another chat template than the folder's."""
         self.folder = find(folder)
         path = self.folder / "tokenizer.json"
         if not path.exists():
@@ -147,7 +148,7 @@ class Chat:
         tokens = self.tokenizer.get_added_tokens_decoder()
         added = {i: token.content for i, token in tokens.items()}
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.names, (text, self.where) = names, read_template(self.folder, config)
+        self.names, (text, self.where) = names, read_template(self.folder, config, template)
         self.template = compile_template(text, self.where) if text is not None else None
         self.spelled = re.compile("")  # every text that may hold a control token: it finds all of them
         self._cache, self._cached = {}, 0  # prompts and completions repeat: K samples, several epochs, several scorers

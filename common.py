@@ -13,6 +13,8 @@ is_main() and print0(). On one process each of them does nothing, so reading a s
 import ast
 import contextlib
 import dataclasses
+import datetime
+import functools
 import inspect
 import io
 import json
@@ -181,6 +183,21 @@ def gather_list(items):
     parts = [None] * world()
     dist.all_gather_object(parts, items)
     return [x for part in parts for x in part]
+
+
+@functools.cache
+def patient_group():
+    """A process group whose collectives wait for days."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+
+def on_main(work):
+    """What work() returns on rank 0, on every rank (small Python objects), however long it takes: requests to a server."""
+    if world() == 1:
+        return work()
+    group, found = patient_group(), [work() if is_main() else None]
+    dist.broadcast_object_list(found, src=0, group=group)
+    return found[0]
 
 
 def seed_everything(seed):

@@ -27,6 +27,11 @@ MOST_BYTES = 16 * 2**20  # of a response: an answer of 256 thousand tokens is so
 LONGEST_WAIT = 60.0  # seconds before another try, whatever the server asks for
 
 
+def is_endpoint(name):
+    """Is this name of a model an endpoint's, and not a folder's or the hub's?"""
+    return "://" in str(name)
+
+
 @dataclass(frozen=True)
 class Ask:
     key: str  # names the ask in the journal; two samples of one prompt have two keys

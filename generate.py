@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 
 import common
-from asking import complete_file
+from asking import check_sampling, complete_file
+from cache import slot_bytes
 from chat import Chat
 from common import die, init_distributed, parse_config, print0
 from data import read_rows, write_rows
+from endpoint import is_endpoint
 from model import load
 from sampler import Sampler
 from sharding import unsharded
@@ -77,18 +79,16 @@ class Stop:
 
 def slots_that_fit(model, wanted, capacity):
     """On a GPU, as many sequences as half of the free memory holds keys and values of: prompts need some beside."""
-    weight, cfg = next(model.parameters()), model.cfg
+    weight = next(model.parameters())
     if not weight.is_cuda:
         return wanted
-    size = 2 * weight.element_size() * cfg.num_key_value_heads * cfg.head_dim * sum(
-        min(capacity, cfg.window(layer) or capacity) for layer in range(cfg.num_hidden_layers))
-    return max(1, min(wanted, torch.cuda.mem_get_info()[0] // 2 // size))
+    return max(1, min(wanted, torch.cuda.mem_get_info()[0] // 2 // slot_bytes(model.cfg, capacity, weight.dtype)))
 
 
 def sampling(model, prompts, max_new_tokens, temperature, top_p, samples, stop, seed, prompt_keys, batch_size, vocab_size,
              min_p):
     """
-    Yields (prompt, sample, id, log-prob, has it ended) token by token, completions in no order: waiting prompts take the
+    Yields (prompt, sample, id, log-prob, was it the last) token by token, completions in no order: waiting prompts take the
     slots of those that have ended.
     """
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
@@ -118,8 +118,8 @@ def sampling(model, prompts, max_new_tokens, temperature, top_p, samples, stop, 
                 die(f"sampling: the logits of prompt {i + 1} of {len(prompts)} are not numbers; check the checkpoint")
             ids = made.setdefault((i, k), [])
             ids.append(token)
-            over = stop(ids)
-            if over or len(ids) == max_new_tokens:
+            over = stop(ids) or len(ids) == max_new_tokens
+            if over:
                 ended.append(slot)
                 del work[slot], made[i, k]
             yield i, k, token, logp, over
@@ -139,20 +139,17 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, samples
     `logps`: returns the model's log-prob of each id too, a second list of the same shape, at temperature 1 and uncut: what
     token_logps says of the completion.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or min(samples, max_new_tokens, batch_size) < 1:
-        die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1, max_new_tokens >= 1 and "
-            f"batch_size >= 1; got {temperature}, {top_p}, {min_p}, {samples}, {max_new_tokens} and {batch_size}")
+    check_sampling(temperature, top_p, min_p, samples, max_new_tokens, batch_size)
     if empty := next((i for i, ids in enumerate(prompts, 1) if not ids), None):
         die(f"sampling: prompt {empty} of {len(prompts)} has no token at all")
     made, scores = ([[[] for _ in range(samples)] for _ in prompts] for _ in range(2))
     if prompts:
         bar = common.progress(None, "sampling", len(prompts) * samples)
-        for i, k, token, logp, ended in sampling(model, prompts, max_new_tokens, temperature, top_p, samples,
+        for i, k, token, logp, last in sampling(model, prompts, max_new_tokens, temperature, top_p, samples,
                                                  stop or Stop(stop_ids), seed, prompt_keys, batch_size, vocab_size, min_p):
             made[i][k].append(token)
             scores[i][k].append(logp)
-            if ended or len(made[i][k]) == max_new_tokens:
-                bar.update()
+            bar.update(last)
     return (made, scores) if logps else made
 
 
@@ -161,21 +158,31 @@ def key_of(name):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big", signed=True)
 
 
-def complete(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256,
-             teacher="", min_p=0.0, stop=()):
-    """
-    Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks. What is
-    drawn depends on seed, id and sample only. `stop`: strings; a completion ends before the first of them.
-    """
+def share(model, chat, rows, max_new_tokens, temperature=0.0, top_p=1.0, samples=1, seed=0, batch_size=256, teacher="",
+          min_p=0.0, stop=()):
+    """complete()'s part on this rank: [(place in `rows`, sample, completion row)]."""
     place, stop = range(common.rank(), len(rows), common.world()), Stop(chat.stop_ids, stop, chat.decode)
     with unsharded(model):
         made = generate(model, [chat.prompt_ids(rows[i]["prompt"]) for i in place], max_new_tokens, temperature, top_p,
                         samples, (), seed, [key_of(rows[i]["id"]) for i in place], batch_size, chat.vocab_size, min_p, stop)
-    done = [(i, k, *stop.cut(chat.decode(ids)), ids[-1] in stop.ids) for i, completions in zip(place, made)
-            for k, ids in enumerate(completions)]
-    return [{"id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,
-             "teacher": teacher, "sample": k, "ended": ended or stopped}
-            for i, k, text, stopped, ended in sorted(common.gather_list(done))]
+    done = []
+    for i, completions in zip(place, made):
+        for k, ids in enumerate(completions):
+            text, stopped = stop.cut(chat.decode(ids))
+            done.append((i, k, {
+                "id": rows[i]["id"], "language": rows[i]["language"], "prompt": rows[i]["prompt"], "completion": text,
+                "teacher": teacher, "sample": k, "ended": ids[-1] in stop.ids or stopped, "tokens": len(ids)}))
+    return done
+
+
+def complete(model, chat, rows, *settings, **more):
+    """
+    Rows with id, language, prompt -> completion rows (`samples` for each prompt, in order), split over the ranks. What is
+    drawn depends on seed, id and sample only. Settings: those of share(). `stop`: strings; a completion ends before the
+    first of them. `tokens` counts what was generated, the end of turn included.
+    """
+    done = common.gather_list(share(model, chat, rows, *settings, **more))
+    return [row for _, _, row in sorted(done, key=lambda part: part[:2])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +259,7 @@ def talk(model, chat, cfg):
 
 
 def main(cfg):
-    if "://" in cfg.model:
+    if is_endpoint(cfg.model):
         return complete_file(cfg)
     device = init_distributed()
     if cfg.prompts is None:

@@ -24,3 +24,20 @@ CLUSTERS = {"western": ["de", "nl", "it", "pt", "ro"] + SHARED, "eastern": ["cs"
 SCRIPTS = {"ar": ("ARABIC",), "fa": ("ARABIC",), "he": ("HEBREW",), "hi": ("DEVANAGARI",), "el": ("GREEK",),
            "ru": ("CYRILLIC",), "uk": ("CYRILLIC",), "ko": ("HANGUL", "CJK"), "zh": ("CJK",), "zh-Hant": ("CJK",),
            "ja": ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")}
+
+# ISO 639-3 (and the older 639-2/B) codes, which FLORES, NLLB and M-RewardBench use: arb_Arab, zho_Hant
+THREE_LETTERS = {code: ours for ours, codes in {
+    "ar": "arb ara", "cs": "ces cze", "de": "deu ger", "el": "ell gre", "en": "eng", "es": "spa", "fa": "pes fas per",
+    "fr": "fra fre", "he": "heb", "hi": "hin", "id": "ind", "it": "ita", "ja": "jpn", "ko": "kor", "nl": "nld dut",
+    "pl": "pol", "pt": "por", "ro": "ron rum", "ru": "rus", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "zho chi cmn"
+    }.items() for code in codes.split()}
+
+
+def code_of(name):
+    """Other people's code or English name of a language -> ours, or None: arb_Arab, deu, pt-BR, zh_TW, zho_Hant, Greek."""
+    first, *rest = str(name).replace("_", "-").casefold().split("-")
+    first = THREE_LETTERS.get(first, first)
+    if first == "zh" and {"hant", "tw", "hk", "mo"} & set(rest):
+        return "zh-Hant"
+    names = {english.casefold(): code for code, (english, _) in LANGUAGES.items()}
+    return first if first in LANGUAGES else names.get(str(name).casefold())

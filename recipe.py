@@ -50,7 +50,7 @@ class Config:
 MINI = {
     "prepare": "", "model": "--hidden_size 128 --layers 4 --heads 4 --kv_heads 2 --intermediate_size 384",
     "base": "--max_steps 300 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 150 --lr 2e-3",
-    "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3",
+    "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3", "arbitrage": "",
     "sft": "--epochs 3 --lr 1e-3", "offline": "--epochs 1 --lr 1e-4 --beta 1",
     "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1 --watch 96", "rounds": 3, "limit": " --limit 30",
     "groups": {"west": ["western", "eastern"], "east": ["mideast", "asian"]}}
@@ -58,7 +58,8 @@ SMOKE = MINI | {
     "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",
     "model": "--hidden_size 32 --layers 2 --heads 2 --kv_heads 1 --intermediate_size 64",
     "base": "--max_steps 80 --lr 4e-3", "teacher": "--max_steps 10 --lr 2e-3", "arbiter": "--max_steps 4 --lr 2e-3",
-    "rm": "--max_steps 4", "sft": "--max_steps 4 --lr 1e-3", "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
+    "rm": "--max_steps 4", "arbitrage": " --force", "sft": "--max_steps 4 --lr 1e-3",
+    "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
     "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4 --watch 8", "rounds": 1, "limit": "",
     "groups": {"west": ["western"], "east": ["asian"]}}
 
@@ -123,9 +124,10 @@ def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
                 [f"{PYTHON} reward.py --model {out}/rm --rows {out}/rm-pairs/audit.jsonl --audit "
                  f"--out {out}/rm-audit.json"]]),
         ("arbitrage", [[f"{train} arbitrage.py --prompts {data}/arbitrage.jsonl --teachers {pool} "
-                        f"--reward_model {out}/rm --router reward --out {out}/arbitrage --seed {seed}"],
+                        f"--reward_model {out}/rm --audit {out}/rm-pairs/audit.jsonl --router reward --out {out}/arbitrage "
+                        f"--seed {seed}{sizes['arbitrage']}"],
                        [f"{PYTHON} arbitrage.py --completions {out}/arbitrage/completions.jsonl --router {router} "
-                        f"--out {out}/arbitrage-{router} --seed {seed}" for router in ("single", "fixed")]]),
+                        f"--out {out}/arbitrage-{router} --seed {seed}" for router in ("single", "fixed", "learned")]]),
     ]
     for name, folder in (("sft", "arbitrage"), ("sft-single", "arbitrage-single")):
         stages.append((name, [
@@ -197,7 +199,7 @@ def real_plan(preset, how="models"):
                         f"--out {out}/rm-audit.json"]]),
                ("arbitrage", [[f"{train} arbitrage.py --prompts data/prompts.jsonl --teachers "
                                f"{' '.join(f'{out}/teacher-{c}' for c in clusters)} --reward_model {out}/rm "
-                               f"--temperature 0.7 --max_new_tokens 1024 --out {out}/arbitrage"]])]
+                               f"--audit data/m_rewardbench.jsonl --temperature 0.7 --max_new_tokens 1024 --out {out}/arbitrage"]])]
     stages += per_cluster("sft", base, lambda c: (
         f"train_sft.py --model {base} --data {safe(f'{out}/arbitrage/sft.jsonl', 'safety_sft')} {sft} "
         "--save_dtype float32"))

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from charts import (HEAD, Axis, by_family, colour_of, duration, families, figure, h, key, name_of, number, percent,
-                    plain, points, table, win_rate, win_text, zoomed)
+from charts import (OPEN_FIRST, Axis, by_family, card, colour_of, document, duels, duration, figure, h, in_order, key,
+                    name_of, number, percent, plain, points, quote, table, tiles, win_rate, win_text, zoomed)
 from common import atomic_file, die, parse_config
 from data import read_jsonl
 
@@ -23,8 +23,6 @@ class Config:
     run: str = "out/mini"  # folder of a run: results.json is read from it, report.html is written to it
 
 
-RIGHT_TO_LEFT = ("ar", "fa", "he")
-OPEN_FIRST = ("ar", "hi", "ja", "he", "de", "fa")  # languages whose samples are unfolded when the page loads
 ABOUT = {"base": "pretraining stand-in", "teacher": "one cluster's specialist", "sft": "on the arbitrage data",
          "sft-single": "control: one teacher's data", "offline-dpo": "best/worst of the teachers",
          "online-1": "best/worst of its own", "online-2": "again"}
@@ -42,14 +40,14 @@ def headline(results, codes, base, sft, final):
     sentence = f"Exact match on held-out prompts: {', '.join(dict.fromkeys(scores))}."
     win, preset = win_rate(final, "win_rate", "sft"), results.get("preset", "mini")
     routed, best = (number(results, "arbitrage", "accuracy", k) for k in ("routed", "best_single"))
-    tiles = [win and (percent(win[0]), ["of pairs won against SFT, 95 % interval ", win_text(win)[2]]),
-             routed and (percent(routed), f"of the routed answers are right; the best teacher's: {percent(best)}"),
-             (duration(number(results, "seconds")), f"on {results.get('hardware', 'unnamed hardware')}")]
+    numbers = [win and (percent(win[0]), ["of pairs won against SFT, 95 % interval ", win_text(win)[2]]),
+               routed and (percent(routed), f"of the routed answers are right; the best teacher's: {percent(best)}"),
+               (duration(number(results, "seconds")), f"on {results.get('hardware', 'unnamed hardware')}")]
     return h("header", h("p", f"nanoaya, preset {preset}", class_="eyebrow"), h("h1", title),
              h("p", sentence, class_="lead") if final else None,
              h("p", h("b", "Toy results: a 1 M-parameter model."), " They show what each step of the recipe does, not "
                "how good Aya Expanse is.", class_="toy") if preset in ("mini", "smoke") else None,
-             h("div", [h("p", h("b", big), h("small", small)) for big, small in filter(None, tiles)], class_="tiles"))
+             tiles(*numbers))
 
 
 def staircase(stages, trunk):
@@ -75,19 +73,6 @@ def staircase(stages, trunk):
         at = down
     return figure("Exact match", "On held-out prompts, mean over languages. The line is the model; teachers and a "
                   "control branch off it.", axis.ruler(), rows)
-
-
-def duels(title, caption, named_wins):
-    """Win rates [(label, [mean, low, high] or None)]: one half in the middle, as wide as the widest interval needs."""
-    far = max([0.1] + [abs(v - 0.5) for _, win in named_wins if win for v in win])
-    far = min(0.5, math.ceil(10 * far - 1e-9) / 10)
-    axis, rows = Axis(0.5 - far, 0.5 + far, middle="mark"), []
-    for label, win in named_wins:
-        side = "better" if win and win[1] > 0.5 else "worse" if win and win[2] < 0.5 else "even"
-        marks = win and [axis.line(win[1], win[2], f"interval {side}"), axis.dot(win[0], side)]
-        say = "{:.3f}, 95 % interval from {:.3f} to {:.3f}".format(*win) if win else "not judged"
-        rows.append(axis.row(label, marks, win_text(win), say=say, height=44))
-    return figure(title, caption, axis.ruler(), rows) if any(win for _, win in named_wins) else None
 
 
 def claims(results):
@@ -162,13 +147,6 @@ def rounds(results):
                key(("before", "greedy"), ("after", "best of K"), ("ring", "oracle")))], class_="trio")
 
 
-def quote(text, code, class_):
-    """What a person or a model wrote: isolated from the text around it, its language and direction declared."""
-    text = text[-1].get("content", "") if isinstance(text, list) and text else str(text)  # chat messages: the last one
-    text = text if len(text) <= 300 else f"{text[:300]}… ({len(text)} characters)"
-    return h("p", text or "(empty)", class_=class_, lang={"zh": "zh-Hans"}.get(code, code), dir="auto")
-
-
 def samples_of(code, pairs, names):
     """Prompts of one language whose answers changed sides: two mended and one broken, or what there is of either."""
     def answered(*right):
@@ -180,8 +158,7 @@ def samples_of(code, pairs, names):
         answers = [h("div", h("h4", name, " ", right if row.get("correct") else wrong),
                      quote(row.get("completion", ""), code, "text")) for name, row in zip(names, pair)]
         answers.append(h("div", h("h4", "reference"), quote(pair[1].get("reference", ""), code, "text")))
-        cards.append(h("article", quote(pair[1].get("prompt", ""), code, "prompt"), h("div", answers, class_="answers"),
-                       dir="rtl" if code in RIGHT_TO_LEFT else None))
+        cards.append(card(pair[1].get("prompt", ""), code, answers))
     count = (f"{len(pairs)} prompts: {len(mended)} mended, {len(broken)} broken, {len(both)} right in both, "
              f"{len(neither)} in neither")
     return h("details", h("summary", h("b", name_of(code)), " ", h("small", count)),
@@ -234,7 +211,7 @@ def render(results, samples):
     names = (sft["name"], final["name"]) if trunk else (None, None)
     seen = {c for s in stages for c in s.get("per_language") or {}} | set(arbitrage.get("teacher_share") or {})
     seen |= {row["language"] for rows in samples.values() for row in rows if row.get("language")}
-    codes = [c for _, _, group in families(sorted(seen)) for c in group]
+    codes = in_order(seen)
     wins = [(s["name"], win_rate(s, "win_rate", "sft")) for s in stages]
     sections = [  # title, lead, parts
         ("Step by step", None, trunk and h("div", staircase(stages, trunk), duels(
@@ -249,11 +226,9 @@ def render(results, samples):
          "first two mended and the first one broken, not the best.", side_by_side(samples, names)),
         ("What it cost", None, costs(stages, number(results, "seconds"))),
         ("All numbers", None, tables(stages, codes, final))]
-    body = [h("section", h("h2", title), lead and h("p", lead, class_="lead"), parts) for title, lead, parts in sections
-            if (any(parts) if isinstance(parts, list) else parts)]
     footer = " · ".join(f"{field} {results[field]}" for field in ("commit", "hardware", "seed") if field in results)
-    return "<!doctype html>\n" + h("html", h("head", HEAD, h("title", f"nanoaya: {results.get('preset', 'a')} run")), h(
-        "body", headline(results, codes, base, sft, final), h("main", body), h("footer", footer)), lang="en")
+    return document(f"nanoaya: {results.get('preset', 'a')} run", headline(results, codes, base, sft, final), sections,
+                    footer)
 
 
 def main(cfg):

@@ -27,9 +27,11 @@ from chat import Chat
 from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
-from data import Example, encode_row, pad_batch, read_rows, token_batches, write_rows
+from data import Example, encode_row, pad_batch, token_batches
 from guards import GUARDS, flags
+from languages import code_of
 from model import Linear, Transformer, causal, fill, write_checkpoint
+from rows import check_row, read_jsonl, read_rows, write_rows
 from sharding import unsharded
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
@@ -41,7 +43,8 @@ class Config:
     model: str = "out/mini/rm"  # reward-model folder
     rows: str = "out/mini/completions.jsonl"  # completion rows to score, or preference rows with --audit
     out: str = "out/mini/scored.jsonl"  # the same rows with "reward"; with --audit the table as JSON
-    audit: bool = False  # accuracy, reward mean and spread, and correlation with length, per language
+    audit: bool = False  # accuracy, mean and spread of rewards, and correlation with length, per language
+    judge: str = ""  # --audit: a second reward model, whose agreement with the first is shown
     batch_tokens: int = 8192  # tokens per forward, padding included
 
 
@@ -220,43 +223,81 @@ def preference_row(best, worst):
             "chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
 
 
-def audit(rows, chosen, rejected):
+def read_audit(paths):
+    """Preference rows of files whose languages may be written in other people's codes (M-RewardBench's: arb_Arab)."""
+    rows = []
+    for path in paths:
+        for row, where in read_jsonl(path):
+            if isinstance(row, dict):
+                row = row | {"language": code_of(row.get("language")) or row.get("language")}
+            check_row(row, "preferences", where)
+            rows.append(row)
+    return rows
+
+
+def wilson(share, n, z=1.96):
+    """95 % interval of a share of n (Wilson 1927): unlike mean and standard error it holds near 0 and 1 and for few."""
+    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+
+def audit(rows, chosen, rejected, judge=None):
     """
-    Preference rows and their rewards -> {language or "all": accuracy (ties half), mean and spread of rewards,
-    correlation of reward with length in characters, n}: is this Arbiter better than chance in each language?
+    Preference rows and their rewards -> {language or "all": accuracy (ties half) with its 95 % interval, low and high;
+    trusted: is it better than chance? mean and spread of the rewards; length_correlation, of reward and length in
+    characters, within the pairs; n}. `judge`: (chosen, rejected) rewards of a second model; agreement is the share of
+    pairs that both put in the same order.
     """
     table = {}
     for language in ["all", *dict.fromkeys(r["language"] for r in rows)]:
         at = [i for i, r in enumerate(rows) if language in ("all", r["language"])]
         rewards = [chosen[i] for i in at] + [rejected[i] for i in at]
-        lengths = [len(rows[i]["chosen"]) for i in at] + [len(rows[i]["rejected"]) for i in at]
-        varied = len(set(lengths)) > 1 and len(set(rewards)) > 1
+        gaps = [chosen[i] - rejected[i] for i in at]
+        longer = [len(rows[i]["chosen"]) - len(rows[i]["rejected"]) for i in at]
+        # through the origin: which side of a pair comes first means nothing
+        size = math.sqrt(sum(g * g for g in gaps) * sum(l * l for l in longer))
+        accuracy = statistics.fmean((gap > 0) + 0.5 * (gap == 0) for gap in gaps)
+        low, high = wilson(accuracy, len(at))
         table[language] = {
-            "accuracy": statistics.fmean((chosen[i] > rejected[i]) + 0.5 * (chosen[i] == rejected[i]) for i in at),
-            "mean": statistics.fmean(rewards), "spread": statistics.pstdev(rewards),
-            "length_correlation": statistics.correlation(rewards, lengths) if varied else 0.0, "n": len(at)}
+            "accuracy": accuracy, "low": low, "high": high, "trusted": low > 0.5, "mean": statistics.fmean(rewards),
+            "spread": statistics.pstdev(rewards), "n": len(at),
+            "length_correlation": sum(g * l for g, l in zip(gaps, longer)) / size if size else 0.0}
+        if judge:
+            sign = lambda x: (x > 0) - (x < 0)
+            table[language]["agreement"] = statistics.fmean(
+                sign(gap) == sign(judge[0][i] - judge[1][i]) for i, gap in zip(at, gaps))
+    return table
+
+
+def run_audit(rows, models, batch_tokens=8192):
+    """audit() of preference rows by [(reward model, its Chat)], the Arbiter and perhaps a judge; prints the table."""
+    both = []
+    for model, chat in models:
+        scores = score(model, chat, [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows], batch_tokens)
+        both.append((scores[:len(rows)], scores[len(rows):]))
+    table = audit(rows, *both[0], *both[1:])
+    print0("language  accuracy  95 % interval   mean  spread  corr(length)  agreement      n")
+    for language, t in table.items():
+        agreement = f"{t['agreement']:.3f}" if "agreement" in t else "-"
+        print0(f"{language:<9} {t['accuracy']:8.3f}  {t['low']:.3f} - {t['high']:.3f} {t['mean']:7.2f} {t['spread']:7.2f} "
+               f"{t['length_correlation']:13.2f} {agreement:>10} {t['n']:6d}" + "  no better than chance" * (not t["trusted"]))
     return table
 
 
 def main(cfg):
     device = common.init_distributed()
     model, chat = load_reward_model(cfg.model, device=device), Chat(cfg.model)
-    rows = read_rows(cfg.rows, "preferences" if cfg.audit else "completions")
+    rows = read_audit([cfg.rows]) if cfg.audit else read_rows(cfg.rows, "completions")
     if not cfg.audit:
         rewards = score(model, chat, [(r["prompt"], r["completion"]) for r in rows], cfg.batch_tokens)
         if is_main():
             write_rows(cfg.out, [row | {"reward": r} for row, r in zip(rows, rewards)])
         return print0(f"{len(rows)} rewards, mean {statistics.fmean(rewards):.3f} -> {cfg.out}")
-    sides = [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
-    both = score(model, chat, sides, cfg.batch_tokens)
-    table = audit(rows, both[:len(rows)], both[len(rows):])
+    models = [(model, chat)] + ([(load_reward_model(cfg.judge, device=device), Chat(cfg.judge))] if cfg.judge else [])
+    table = run_audit(rows, models, cfg.batch_tokens)
     if is_main():
         with atomic_file(cfg.out) as f:
             json.dump(table, f, ensure_ascii=False, indent=1)
-    print0("language  accuracy   mean  spread  corr(length)      n")
-    for language, t in table.items():
-        print0(f"{language:<9} {t['accuracy']:8.3f} {t['mean']:6.2f} {t['spread']:7.2f} "
-               f"{t['length_correlation']:13.2f} {t['n']:6d}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Every token is drawn by inverse transform from one uniform number, a hash of (se
 drawn before), so batch, order, slots and ranks do not change it.
 """
 
+import itertools
+
 import torch
 
 from cache import KVCache
@@ -71,7 +73,7 @@ class Sampler:
         for _, _, numbers in prompts:
             slots.append([next(free) for _ in numbers])
         on_device = lambda x: torch.tensor(x, device=self.device)
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        starts = [0, *itertools.accumulate(lengths[:-1])]
         doc_start = torch.tensor(starts, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None].to(self.device)
         self.cache.begin_fill(lengths, slots)
         hidden = self.model.hidden(on_device([[t for ids, _, _ in prompts for t in ids]]),
@@ -103,7 +105,7 @@ class Sampler:
         """The next token of every slot in use."""
         live = [slot for slot in range(self.used) if self.lengths[slot]]
         if self.device.type == "cuda":
-            self.replay(min(n for n in (*BUCKETS, self.cache.slots) if n >= min(self.used, self.cache.slots)))
+            self.replay(min(n for n in (*BUCKETS, self.cache.slots) if self.used <= n <= self.cache.slots))
         else:
             self.advance(self.used, max(self.lengths) + 1)
         for slot in live:
@@ -113,7 +115,6 @@ class Sampler:
 
     def replay(self, n):
         """advance(n) as a CUDA graph, recorded once for each n: hundreds of launches cost one."""
-        n = min(n, self.cache.slots)
         if n not in self.graphs:
             state = self.token, self.logp, self.drawn, self.cache.length
             before = [x.clone() for x in state]

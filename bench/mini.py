@@ -44,7 +44,7 @@ def table(runs):
     lines += ["", "| arbitrage data | right answers |", "|---|---|"]
     accuracies = [run["arbitrage"]["accuracy"] for run in runs]
     for name, key in (("best single teacher", "best_single"), ("random routing", "random"), ("fixed routing", "fixed"),
-                      ("routed by the reward model", "routed"), ("oracle (sees the references)", "oracle")):
+                      ("learned routing", "learned"), ("routed by the reward model", "routed"), ("oracle (sees the references)", "oracle")):
         lines.append(f"| {name} | {spread([a[key] for a in accuracies])} |")
     lines += ["",
               "| online round | greedy | best of 8 by the reward model | oracle of 8 | reward before | reward after |",

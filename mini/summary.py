@@ -70,7 +70,7 @@ def arbitrage_accuracy(run, references):
         prompts.setdefault(row["id"], []).append(right(row))
     single = {teacher: statistics.fmean(found) for teacher, found in teachers.items()}
     routed = {name: statistics.fmean(map(right, read_rows(run / folder / "sft.jsonl", "completions")))
-              for name, folder in (("routed", "arbitrage"), ("fixed", "arbitrage-fixed"))}
+              for name, folder in (("routed", "arbitrage"), ("fixed", "arbitrage-fixed"), ("learned", "arbitrage-learned"))}
     return routed | {"random": statistics.fmean(map(statistics.fmean, prompts.values())),
                      "oracle": statistics.fmean(map(any, prompts.values())),
                      "single": single, "best_single": max(single.values())}
@@ -164,8 +164,7 @@ def main(cfg):
     seconds = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in (run / "stages").glob("*.json")}
     references = {r["id"]: normal(r["reference"]) for r in read_rows(run / "data" / "references.jsonl", "prompts")}
     report = json.loads((run / "arbitrage" / "report.json").read_text(encoding="utf-8"))
-    # "the best single teacher" is the one with the highest mean reward: the references may not choose
-    best_teacher = max(report["teacher_mean_reward"], key=report["teacher_mean_reward"].get)
+    best_teacher = report["compared"]["baseline"]  # by the rewards of a sample: the references may not choose
     audit = json.loads((run / "rm-audit.json").read_text(encoding="utf-8"))
 
     rounds = []
@@ -198,7 +197,7 @@ def main(cfg):
     results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),
                "seconds": round(sum(seconds.values()), 1), "stage_seconds": seconds, "best_teacher": best_teacher,
                "stages": stages, "parts": parts, "arbiter_audit": audit, "rounds": rounds,
-               "arbitrage": {"accuracy": accuracies, "teacher_share": report["teacher_share"]},
+               "arbitrage": {"accuracy": accuracies, "teacher_share": report["share"]},
                "claims": claims(stages, parts, accuracies, rounds)}
     with atomic_file(run / "table.md") as f:
         f.write(markdown(results))

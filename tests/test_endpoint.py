@@ -643,7 +643,8 @@ def test_generate(tmp_path, capsys):
         handler.send(200, whole(payload, text, "length" if "ثلاثة" in payload["messages"][-1]["content"] else "stop"))
     with serving(behave) as server:
         rows = main(server, tmp_path, samples=2, temperature=0.8, top_p=0.9, seed=3, threads=2)
-    assert [list(r) for r in rows] == [["id", "language", "prompt", "completion", "teacher", "sample", "ended"]] * 10
+    assert [list(r) for r in rows] == [["id", "language", "prompt", "completion", "teacher", "sample", "ended", "tokens"]] * 10
+    assert all(r["tokens"] == 7 for r in rows)
     assert [(r["id"], r["sample"]) for r in rows] == [(i, k) for i in "abcda" for k in range(2)]
     assert [r["prompt"] for r in rows[::2]] == PROMPTS and {r["teacher"] for r in rows} == {"my/model"}
     assert [r["ended"] for r in rows] == [r["id"] != "b" for r in rows]
@@ -679,7 +680,7 @@ def test_refusals(settings, words, tmp_path, monkeypatch):
     with serving() as server:
         refusal(lambda: main(server, tmp_path, **settings), words)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        refusal(lambda: complete(server.url, ROWS, tmp_path / "j", 9), "without torchrun")
+        refusal(lambda: main(server, tmp_path), "without torchrun")
     assert not server.seen and not (tmp_path / "deep" / "out.jsonl").exists()
 
 

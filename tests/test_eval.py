@@ -242,20 +242,20 @@ def identify():
 
 
 def test_identifier_on_held_out_answers(identify):
-    """Measured: 98.1 % where every language that gives this very answer counts as right, 91.6 % where one does."""
+    """Measured: 99.8 % where every language that gives this answer counts as right, 92.6 % where one does."""
     speakers = collections.defaultdict(set)
     for row in item_rows():
-        speakers[row["reference"]].add(row["language"])  # "21 minutos" is Spanish and Portuguese
+        speakers[row["reference"].casefold()].add(row["language"])  # "21 minutos": Spanish and Portuguese; "8 meter"
     strict, fair = collections.defaultdict(list), collections.defaultdict(list)
     for row in item_rows("test"):
         seen = identify(row["reference"])
         strict[row["language"]].append(seen == row["language"])
-        fair[row["language"]].append(seen in speakers[row["reference"]])
+        fair[row["language"]].append(seen in speakers[row["reference"].casefold()])
     assert statistics.fmean(x for found in strict.values() for x in found) > 0.90
     assert statistics.fmean(x for found in fair.values() for x in found) > 0.97
-    for language, found in fair.items():  # measured: de 0.84, tr 0.87, all others 0.96 and above
-        assert statistics.fmean(found) > {"de": 0.82, "tr": 0.85}.get(language, 0.95), language
-    for language in ("ar", "el", "fa", "he", "hi", "it", "ko", "vi", "zh"):
+    for language, found in fair.items():  # measured: it 0.972, cs 0.981, all others 1
+        assert statistics.fmean(found) > 0.96, language
+    for language in ("ar", "el", "fa", "he", "hi", "ko", "vi", "zh"):
         assert statistics.fmean(strict[language]) == 1, language  # a script or diacritics of their own
     assert fair.keys() == LANGUAGES.keys()
 

@@ -261,7 +261,7 @@ def test_command_line(folder):
                        "--max_new_tokens", 30, "--temperature", 1.5, "--samples", 3, "--seed", 4, "--batch_size", 4)
     rows = tiny.read(out)
     assert [(r["id"], r["sample"]) for r in rows] == [(f"q{i}", k) for i in range(5) for k in range(3)]
-    assert all(set(r) == {"id", "language", "prompt", "completion", "teacher", "sample", "ended"} for r in rows)
+    assert all(set(r) == {"id", "language", "prompt", "completion", "teacher", "sample", "ended", "tokens"} for r in rows)
     assert {r["teacher"] for r in rows} == {"model"}
     assert rows[6]["prompt"] == [{"role": "user", "content": "Write"}]
     cut_off = sum(not r["ended"] for r in rows)

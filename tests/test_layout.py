@@ -22,12 +22,13 @@ SKIPPED = {"out", "venv", "build", "dist", "node_modules", "__pycache__"}
 # A file may import what stands on a lower row; files of one package may import each other.
 LAYERS = {
     "common": 0, "kernels": 0, "mini.templates": 0, "mini.items": 0, "mini.langid": 0,  # mini/'s table
-    "languages": 0, "guards": 0.3,
+    "languages": 0, "rows": 0.3, "guards": 0.3,
     "merge_methods": 0, "merge_stream": 0.6, "merge_search": 2.5,  # merge.py's mathematics, engine and choice of weights
     "checkpoint": 0.3, "config": 0.6, "chat": 0.6, "model": 1, "data": 1,  # files, what they say, what is made of them
     "sharding": 0.2, "optim": 0.3, "state": 0.3, "meter": 0.3, "run": 1.3, "reference": 1.6,  # what training needs beside
     "endpoint": 1.2, "asking": 1.5,  # models that run elsewhere: one request, and many
     "cache": 0.6, "sampler": 1.6,  # keys and values, and the engine that samples with them
+    "routers": 0.6, "teachers": 2.3, "pool": 2.4, "pool_report": 2.3, "pool_page": 2.5,  # arbitrage: who answers, and whose answer is kept
     "generate": 2, "reward": 2, "tasks": 2, "charts": 2, "watch": 2.5,
     "train_sft": 3, "train_rm": 3, "train_dpo": 3, "arbitrage": 3, "merge": 3, "eval": 3, "report": 3,
     "mini.make": 3, "mini.prepare": 3, "mini.pairs": 3, "mini.best_of_k": 3, "mini.summary": 3,

@@ -161,8 +161,8 @@ def test_prompts_are_taken_evenly_from_the_end():
 
 def test_flagged_samples_are_in_no_pair(tmp_path, monkeypatch):
     """Mutants: flags not written, flags of all guards whatever --guards says, greedy answers among the samples."""
-    said = ["three hundred and forty-seven people", "trois cents personnes sont venues hier soir à la maison",
-            "three hundred people came", "", "people people people people people people people"]
+    said = ["three hundred and forty-seven people", "trois cents personnes sont venues hier soir à la maison de mon père",
+            "three hundred people came", "", "there were many people, " * 12]
     prompts = [{"id": "q", "language": "en", "prompt": "How many people came to the house?"}]
 
     def complete(policy, chat, rows, *_, samples=1, **__):
@@ -255,7 +255,8 @@ def test_a_model_that_was_asked_is_gone():
             self.root = self
 
     made = []
-    answer = watch.briefly(lambda: made.append(weakref.ref(model := Model())) or model, lambda model: type(model).__name__)
+    make = lambda: made.append(weakref.ref(model := Model())) or model
+    answer = watch.briefly(make, lambda model: type(model).__name__)
     assert answer == "Model" and made[0]() is None
 
 
@@ -313,7 +314,8 @@ def test_killed_and_stopped_while_watching(inputs, judge, straight, tmp_path):
 def test_a_measurement_of_other_weights_is_not_used(inputs, tmp_path):
     """The round's end is lost with its state, and the round done again, at another rate."""
     out = tmp_path / "out"
-    words = [*flags(inputs, "online"), "--watch", 3, "--max_steps", 2, "--samples", 3, "--prompts_at_once", 9, "--out", out]
+    words = [*flags(inputs, "online"), "--watch", 3, "--max_steps", 2, "--samples", 3, "--prompts_at_once", 9,
+             "--out", out]
     go("online", *words, code=143, fault=partial(before, STEP, 1, term))
     go("online", *words, code=-9, fault=partial(before, "train_dpo:append_rows", 1, kill))  # of round 2
     old = measured(folder(out), 1)
