@@ -52,14 +52,15 @@ MINI = {
     "base": "--max_steps 300 --lr 4e-3 --warmup_steps 20", "teacher": "--max_steps 150 --lr 2e-3",
     "arbiter": "--max_steps 250 --lr 3e-3", "rm": "--max_steps 200 --lr 1e-3", "arbitrage": "",
     "sft": "--epochs 3 --lr 1e-3", "offline": "--epochs 1 --lr 1e-4 --beta 1",
-    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1", "rounds": 3, "limit": " --limit 30",
+    "online": "--samples 8 --temperature 0.5 --epochs 3 --lr 2e-4 --beta 1 --watch 96", "rounds": 3, "limit": " --limit 30",
     "groups": {"west": ["western", "eastern"], "east": ["mideast", "asian"]}}
 SMOKE = MINI | {
     "prepare": "--items 12 --languages en es fr de ar zh --vocab_size 512",
     "model": "--hidden_size 32 --layers 2 --heads 2 --kv_heads 1 --intermediate_size 64",
     "base": "--max_steps 80 --lr 4e-3", "teacher": "--max_steps 10 --lr 2e-3", "arbiter": "--max_steps 4 --lr 2e-3",
-    "rm": "--max_steps 4", "arbitrage": " --force", "sft": "--max_steps 4 --lr 1e-3", "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
-    "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4", "rounds": 1, "limit": "",
+    "rm": "--max_steps 4", "arbitrage": " --force", "sft": "--max_steps 4 --lr 1e-3",
+    "offline": "--max_steps 2 --lr 5e-5 --batch_size 16",
+    "online": "--samples 4 --max_new_tokens 8 --max_steps 2 --batch_size 16 --lr 1e-4 --watch 8", "rounds": 1, "limit": "",
     "groups": {"west": ["western"], "east": ["asian"]}}
 
 
@@ -144,7 +145,7 @@ def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
         completions = " ".join(f"{out}/{name}-{g}/completions-1.jsonl" for g in groups)
         stages.append((name, [
             [f"{train} train_dpo.py --model {out}/{policy} --prompts {data}/online-{number}.jsonl "
-             f"--languages {languages} --reward_model {out}/rm --out {out}/{name}-{group} "
+             f"--languages {languages} --reward_model {out}/rm --sft {out}/sft --out {out}/{name}-{group} "
              f"--seed {seed + number} {sizes['online']}{keep}" for group, languages in groups.items()],
             [merge(name, policy)],
             [f"{PYTHON} -m mini.best_of_k --completions {completions} --references {data}/references.jsonl "
@@ -153,7 +154,7 @@ def mini_plan(out, seed, sizes, ranks, preset, controls, how="models"):
     if controls:  # is offline DPO needed before online DPO?
         stages.append(("online-only", [
             [f"{train} train_dpo.py --model {out}/sft --prompts {data}/online.jsonl --languages {languages} "
-             f"--reward_model {out}/rm --rounds {sizes['rounds']} --out {out}/online-only-{group} "
+             f"--reward_model {out}/rm --sft {out}/sft --rounds {sizes['rounds']} --out {out}/online-only-{group} "
              f"--seed {seed + 1} {sizes['online']}{keep}" for group, languages in groups.items()],
             [merge("online-only", "sft")]]))
     online = [f"online-{n}" for n in rounds]
@@ -209,7 +210,7 @@ def real_plan(preset, how="models"):
         start = policy
         stages += per_cluster(f"online-{number}", f"{out}/{start}", lambda c: (
             f"train_dpo.py --model {out}/{start} --prompts data/online-{number}.jsonl --reward_model {out}/rm "
-            f"--rounds 1 --samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"),
+            f"--sft {out}/sft --rounds 1 --samples 8 --temperature 1.0 --max_new_tokens 1024 {dpo}"),
             " --dtype bfloat16" if number == 3 else "")
         policy = f"online-{number}"
     return stages + [("eval", [[f"{train} eval.py --model {out}/{policy} --tasks mini --data data/eval "

@@ -29,6 +29,7 @@ from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
 from data import Example, encode_row, pad_batch, token_batches
+from guards import GUARDS, flags
 from languages import code_of
 from model import Linear, Transformer, causal, fill, write_checkpoint
 from rows import check_row, read_jsonl, read_rows, write_rows
@@ -207,8 +208,13 @@ def usable(row):
     return bool(row.get("ended", True) and row["completion"].strip())
 
 
+def eligible(row, guards=GUARDS):
+    """May this completion row be routed or preferred? None of these guards flags it (row["flags"], or looked at now)."""
+    return not set(guards).intersection(row["flags"] if "flags" in row else flags(row))
+
+
 def best_against_worst(rows, margin=0.0):
-    """Usable, scored completion rows of one prompt -> (best, worst) row; None for a tie, or texts that are the same."""
+    """Eligible, scored completion rows of one prompt -> (best, worst) row; None for a tie, or texts that are the same."""
     rows = list(rows)
     found = best_and_worst([r["reward"] for r in rows], margin) if rows else None
     if not found:

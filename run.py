@@ -76,7 +76,8 @@ def prepared(cfg):
     for name in ("micro_batch_tokens", "batch_size", "log_every", "samples", "rounds", "prompts_at_once", "max_tokens"):
         if getattr(cfg, name, 1) < 1:
             die(f"--{name} is at least 1, got {getattr(cfg, name)}")
-    for name in ("micro_batch_size", "batch_tokens", "save_every", "max_steps", "epochs", "clip", "warmup_steps"):
+    for name in ("micro_batch_size", "batch_tokens", "save_every", "max_steps", "epochs", "clip", "warmup_steps",
+                 "watch"):
         if getattr(cfg, name, 0) < 0:
             die(f"--{name} is at least 0, got {getattr(cfg, name)}")
     def shard(model):
@@ -171,7 +172,7 @@ class Run:
                 "start over with --resume never")
         if before:
             self.found = self.states.newest()
-            if self.found or any(self.folder.glob("completions-*")):
+            if self.found or any(self.folder.glob("completions-*")) or any(self.folder.glob("watch-*")):
                 self.compare(before)
             else:
                 self.begin_again("reference-*")  # nothing else could be lost, and these are named by what they hold
@@ -267,7 +268,9 @@ class Run:
             steps += "step" in row
             if steps > self.total:
                 break
-            rows.append(row)
+            # what is said between two steps, of a round, is said again
+            if steps < self.total or "step" in row or "round" not in row:
+                rows.append(row)
         return rows
 
     # --- the loop asks ---
@@ -348,15 +351,19 @@ class Run:
         """
         for percent in self.cfg.keep:
             if self.step == max(1, round(max_steps * percent / 100)):
-                path = self.folder / f"at-{percent}"
-                with writing(path):
-                    if is_main():
-                        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
-                        path.mkdir()
-                    barrier()
-                    write_checkpoint(path, model, self.source, save_dtype(self.cfg, model), **self.config)
-                    for file in [*path.rglob("*"), path] if is_main() else []:
-                        fsync(file)  # a state that comes behind this step must not be on the disk before it
+                self.put_aside(model, self.folder / f"at-{percent}")
+
+    def put_aside(self, model, path):
+        """A checkpoint in the run's folder, on the disk when this returns."""
+        with writing(path):
+            if is_main():
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind this step
+                path.mkdir(parents=True)
+            barrier()
+            write_checkpoint(path, model, self.source, save_dtype(self.cfg, model), **self.config)
+            for file in [*path.rglob("*"), path] if is_main() else []:
+                fsync(file)  # a state that comes behind this step must not be on the disk before it
+            barrier()
 
     def finish(self, model):
         """Writes the checkpoint, reads it back, and only then does it take the place of what was there before."""

@@ -3,16 +3,17 @@ Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305
 
 Offline: pairs that arbitrage made, the best against the worst completion of the pool of teachers. Online: each round
 samples --samples completions per prompt from the current policy on fresh prompts, the reward model picks the best and
-the worst, ties are dropped, and the policy at the start of the round is the reference. Aya Expanse runs the first once
-and the second three times. Both go through the same loop below: an online round only makes its own pairs first.
+the worst of those that pass the guards (guards.py), ties are dropped, and the policy at the start of the round is the
+reference. Aya Expanse runs the first once and the second three times. Both go through the same loop below: an online
+round only makes its own pairs first.
 
 python train_dpo.py --model out/mini/sft --pairs out/mini/arbitrage/pairs.jsonl --out out/my-dpo
 torchrun --nproc_per_node=8 train_dpo.py --model DIR --pairs pairs.jsonl:0.85 safety.jsonl:0.15 --out DIR
 torchrun --nproc_per_node=8 train_dpo.py --model DIR --prompts F.jsonl --reward_model DIR --rounds 3 --out DIR
 
 What to watch: `margins` and `accuracies` rise. The *chosen* log-probability may well fall while training works: DPO
-raises the difference, not the chosen one. `reward` of the reward model rising while the judged win rate does not is
-reward hacking: look at both.
+raises the difference, not the chosen one. Every online round is watched (watch.py): `reward` rising while the win rate
+by --judge falls is reward hacking. --on_hacking stop then ends the run with the policy as it was before that round.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,14 +32,16 @@ import torch.nn.functional as F
 
 import common
 import optim
+import watch
 from chat import Chat
 from common import die, parse_config, print0
 from data import (append_rows, batch_order, document_sums, fingerprint, pack_batch, read_finished, read_items, read_rows,
                   write_rows)
 from generate import complete
+from guards import GUARDS, flags
 from model import load
 from reference import reference_logps
-from reward import best_against_worst, load_reward_model, preference_row, score, usable
+from reward import best_against_worst, eligible, load_reward_model, preference_row, score
 from run import Run, RunConfig, files_fingerprint, prepared
 from sharding import accumulate, local
 
@@ -53,6 +57,12 @@ class Config(RunConfig):
     temperature: float = 0.8  # online: of the samples
     max_new_tokens: int = 48  # online: longest sample
     prompts_at_once: int = 512  # online: prompts sampled between two writes; a kill costs at most so many
+    guards: list[str] = field(default_factory=lambda: list(GUARDS))  # online: of guards.py; what one flags is in no pair
+    sft: str = ""  # online: the model that KL and win rate refer to (default: --model)
+    judge: str = ""  # online: a second reward model, which compares with --sft: is the first one hacked?
+    watch: int = 128  # online: prompts watched behind every round, of --prompts, languages in turn (0: none)
+    watch_prompts: str = ""  # online: file with other prompts to watch, which are not trained on
+    on_hacking: str = "warn"  # online, reward rises and judge falls: warn, ignore, or stop (that round is undone)
     margin: float = 0.0  # drop pairs whose rewards are no further apart
     languages: list[str] = field(default_factory=list)  # train only on these languages (default: all)
     out: str = "out/mini/dpo-run"  # checkpoint folder to write
@@ -94,8 +104,8 @@ def seq_logps(model, items, device):
 
 def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, path):
     """
-    K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards, preference
-    rows of best against worst). Samples cut off before their end of turn are not eligible, equal rewards make no pair.
+    K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards and
+    flags, preference rows of best against worst). What a guard flags is not eligible, equal rewards make no pair.
     --prompts_at_once prompts at a time are appended to `path`; a run that goes on asks for those that are missing.
     """
     kept, done, pairs = read_finished(path), [], []
@@ -109,21 +119,43 @@ def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, pat
             greedy = complete(policy, chat, rows, cfg.max_new_tokens, teacher="policy")  # reported beside best of K
             part += [row | {"sample": "greedy"} for row in greedy]
             rewards = score(reward_model, reward_chat, [(r["prompt"], r["completion"]) for r in part])
-            part = [row | {"reward": reward} for row, reward in zip(part, rewards)]
+            part = [row | {"reward": reward, "flags": found}
+                    for row, reward, found in zip(part, rewards, all_flags(part))]
             if common.is_main():
                 append_rows(path, part, after=len(done))
         done += part
         for begin in range(0, len(rows) * cfg.samples, cfg.samples):
-            if found := best_against_worst(filter(usable, part[begin:begin + cfg.samples]), cfg.margin):
+            rows_of_one = [row for row in part[begin:begin + cfg.samples] if eligible(row, cfg.guards)]
+            if found := best_against_worst(rows_of_one, cfg.margin):
                 pairs.append(preference_row(*found))
         if run.should_stop():
             run.stop()
     return done, pairs
 
 
+def all_flags(rows):
+    """What the guards say of completion rows, in order. Ranks share the work."""
+    found = [(i, flags(rows[i])) for i in range(common.rank(), len(rows), common.world())]
+    return [names for _, names in sorted(common.gather_list(found))]
+
+
+def report_samples(cfg, run, done, pairs):
+    """Of a round's completion rows and pairs: one line on the console, one in the log."""
+    sampled = [row for row in done if row["sample"] != "greedy"]
+    flagged = Counter(name for row in sampled for name in row.get("flags", ()) if name in cfg.guards)
+    found = {"reward": statistics.fmean(row["reward"] for row in sampled),
+             "greedy": statistics.fmean(row["reward"] for row in done if row["sample"] == "greedy"),
+             "n": len(sampled), "pairs": len(pairs), "flagged": {name: flagged[name] for name in cfg.guards}}
+    print0(f"round {run.round}: {cfg.samples} samples of {len(sampled) // cfg.samples} prompts, reward "
+           f"{found['reward']:.3f} (greedy {found['greedy']:.3f}), {len(pairs)} pairs; flagged: "
+           + (", ".join(f"{name} {count}" for name, count in found["flagged"].items() if count) or "none"))
+    run.log.write({"round": run.round, "samples": found})
+
+
 def make_miniature(cfg):
     """On a fresh clone the default inputs do not exist yet: makes the miniature up to the SFT model, and says so."""
-    needed = [p for p in (cfg.model, cfg.reward_model if cfg.prompts else "", *cfg.pairs) if p.startswith("out/mini/")]
+    online = (cfg.reward_model, cfg.sft) if cfg.prompts else ()
+    needed = [p for p in (cfg.model, *online, *cfg.pairs) if p.startswith("out/mini/")]
     if all(Path(p.rpartition(":")[0] or p).exists() for p in needed):
         return
     if common.is_main():
@@ -141,6 +173,9 @@ def main(cfg):
         cfg.pairs = ["out/mini/arbitrage/pairs.jsonl"]
     if cfg.pairs and cfg.prompts:
         die("give --pairs (offline) or --prompts (online), not both")
+    if unknown := [name for name in cfg.guards if name not in GUARDS]:
+        die(f"--guards knows no {' '.join(unknown)}; what there is: {' '.join(GUARDS)}")
+    watch.check(cfg)
     device = common.init_distributed()
     common.seed_everything(cfg.seed)
     make_miniature(cfg)
@@ -162,6 +197,8 @@ def main(cfg):
         reward_model, reward_chat = load_reward_model(cfg.reward_model, device=device), Chat(cfg.reward_model)
         identity |= {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
                      "reward model": files_fingerprint(reward_model.source)}
+        watched, more = watch.watched(cfg, prompts, identity, wanted)
+        identity |= more
     else:
         items = read_items(cfg.pairs, "preferences", chat, cfg.max_tokens, cfg.seed,
                            lambda row: wanted(row) and (not cfg.margin or apart(row)))
@@ -172,18 +209,25 @@ def main(cfg):
     with Run(cfg, device, cfg.model, identity) as run:
         begin = time.time()
         run.restore(models, optimizer)
+        watcher, undone, undo = None, False, run.states.folder / "before-the-round"
+        if cfg.prompts and watched:
+            watcher = watch.Watch(cfg, run, chat, watched, (reward_model, reward_chat), device, place)
         for round_number in range(run.round, rounds + 1):
             if cfg.prompts:
                 fresh, pairs_path = prompts[round_number - 1::rounds], run.folder / f"pairs-{round_number}.jsonl"
                 if run.step == 0:
+                    if undone := watcher and watcher.after(round_number - 1, policy):
+                        break
+                    if cfg.on_hacking == "stop" and round_number > 1:
+                        run.put_aside(policy, undo)
+                    if run.should_stop():
+                        run.stop()
                     done, rows = sample_round(cfg, run, policy, chat, reward_model, reward_chat, fresh,
                                               run.folder / f"completions-{round_number}.jsonl")
-                    greedy = statistics.fmean(r["reward"] for r in done if r["sample"] == "greedy")
-                    mean = statistics.fmean(r["reward"] for r in done if r["sample"] != "greedy")
-                    print0(f"round {round_number}: {cfg.samples} samples of {len(fresh)} prompts, "
-                           f"reward {mean:.3f} (greedy {greedy:.3f}), {len(rows)} pairs")
+                    report_samples(cfg, run, done, rows)
                     if not rows:
-                        die(f"no pairs to train on (round {round_number}): every prompt was a tie")
+                        die(f"no pairs to train on (round {round_number}): every prompt was a tie, or no two samples "
+                            "passed --guards")
                     if common.is_main():
                         write_rows(pairs_path, rows)
                     common.barrier()
@@ -228,8 +272,13 @@ def main(cfg):
                 run.end_step(models, optimizer, max_steps, batch, norm, lr, keep=round_number == rounds)
             if round_number < rounds:
                 run.next_round(models, optimizer)
+        else:
+            undone = watcher and watcher.after(rounds, policy)
 
         # 4) save
+        if undone:
+            optimizer.state, models = {}, {}
+            policy = load(undo if undo.exists() else cfg.model, torch.float32, place, prepared(cfg))
         run.finish(policy)
     print0(f"saved {cfg.out} in {time.time() - begin:.1f} s")
 

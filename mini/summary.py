@@ -39,6 +39,22 @@ def win_rate(mine, theirs):
             {language: statistics.fmean(v) for language, v in by_language.items()})
 
 
+def win_change(before, after, sft):
+    """
+    How the win rate against the SFT model changed from one model's samples to another's: [mean, low, high], paired by
+    row: its interval is far narrower than those of the two win rates.
+    """
+    score = {s["id"]: v for s, v in zip(before, win_scores(before, sft)) if v is not None}
+    both = [(s, v - score[s["id"]]) for s, v in zip(after, win_scores(after, sft))
+            if v is not None and s["id"] in score]
+    return list(clustered_interval([change for _, change in both], [s["item"] for s, _ in both]))
+
+
+def hacked(round):
+    """Did the reward rise in this round while the judged win rate fell, beyond its interval?"""
+    return round["reward_after"] > round["reward_before"] and round["win_change"][2] < 0
+
+
 def accuracy(samples, ids=None):
     return statistics.fmean(s["correct"] for s in samples if ids is None or s["id"] in ids)
 
@@ -100,6 +116,11 @@ def claims(stages, parts, arbitrage, rounds):
     for r in rounds:
         out.append((f"best of K by the reward model is right more often than greedy (round {r['round']})",
                     f"{r['best_of_k']:.3f} against {r['greedy']:.3f}", r["best_of_k"] > r["greedy"]))
+    for r in rounds:
+        change, low, high = (100 * x for x in r["win_change"])
+        out.append((f"the judge does not fall where the reward rises (round {r['round']})",
+                    f"{'reward hacking: ' if hacked(r) else ''}reward {r['reward_after'] - r['reward_before']:+.2f}, "
+                    f"win rate {change:+.1f} [{low:+.1f}, {high:+.1f}] points", not hacked(r)))
     return [{"claim": c, "value": v, "holds": bool(h)} for c, v, h in out]
 
 
@@ -166,11 +187,12 @@ def main(cfg):
                              | {"win_rate_sft": by_language.get(l)} for l, t in table[name].items() if l != "all"}})
     for r in rounds:
         after = f"online-{r['round']}"
-        stage, before = (next(s for s in stages if s["name"] == n) for n in
-                         (after, f"online-{r['round'] - 1}" if r["round"] > 1 else "offline-dpo"))
+        start = f"online-{r['round'] - 1}" if r["round"] > 1 else "offline-dpo"
+        stage, before = (next(s for s in stages if s["name"] == n) for n in (after, start))
         pairs = sum(1 for p in run.glob(f"{after}-*/pairs-1.jsonl") for _ in read_jsonl(p))
         r |= {"reward_before": before["reward"], "reward_after": stage["reward"],
-              "win_rate_sft": stage["win_rate"]["sft"], "pairs": pairs}
+              "win_rate_sft": stage["win_rate"]["sft"], "pairs": pairs,
+              "win_change": win_change(samples[start], samples[after], samples["sft"])}
     parts = merged_and_parts(samples)
     accuracies = arbitrage_accuracy(run, references)
     results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),
@@ -183,7 +205,8 @@ def main(cfg):
     with atomic_file(run / "results.json") as f:
         json.dump(results, f, ensure_ascii=False, indent=1)
     print(f"{run / 'results.json'}: final exact match {stages[-1]['exact_match']:.3f}, win rate against SFT "
-          f"{stages[-1]['win_rate']['sft'][0]:.3f}")
+          f"{stages[-1]['win_rate']['sft'][0]:.3f}"
+          + "".join(f"; reward hacking in round {r['round']}" for r in rounds if hacked(r)))
 
 
 if __name__ == "__main__":

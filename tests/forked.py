@@ -42,6 +42,7 @@ from common import parse_config
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "online": train_dpo}
 STEP = "optim:optimizer_step"
+GUARDS = ["--guards", "truncated", "empty"]  # a tiny model speaks no language
 WORDS = "one two three four five six seven trois cent quarante ثلاثمائة 三百 words".split()
 
 
@@ -160,7 +161,7 @@ def flags(inputs, name):
         "sft": ["--data", inputs / "sft.jsonl"], "rm": ["--pairs", inputs / "pairs.jsonl"],
         "dpo": ["--pairs", inputs / "pairs.jsonl"],
         "online": ["--prompts", inputs / "prompts.jsonl", "--reward_model", inputs / "rm", "--rounds", 2,
-                   "--samples", 4, "--temperature", 0.6, "--max_new_tokens", 16, "--prompts_at_once", 2]}[name]
+                   "--samples", 4, "--temperature", 0.6, "--max_new_tokens", 16, "--prompts_at_once", 2, *GUARDS]}[name]
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,11 @@ def steps(folder):
             if "step" in row]
 
 
+def of_rounds(folder):
+    """The lines that are not of a step but of an online round: its samples, and what was watched behind it."""
+    return [row for row in tiny.read(Path(folder) / "log.jsonl") if "round" in row and "step" not in row]
+
+
 def same(out, expected):
     """Two finished folders hold the same, byte for byte, and the same steps in their logs; nothing is left beside."""
     names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (out, expected)]
@@ -191,6 +197,8 @@ def same(out, expected):
         elif (out / name).is_file() and name != "log.jsonl":
             assert (out / name).read_bytes() == (expected / name).read_bytes(), name
     assert steps(out) == steps(expected)
+    a, b = (of_rounds(where) for where in (out, expected))
+    assert a == b
     one, two = ([row["languages"] for row in tiny.read(where / "log.jsonl") if "languages" in row] for where in (out, expected))
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):  # another grouping of the same sum, where a run went on

@@ -96,6 +96,22 @@ def test_win_rate_and_merge_against_parts_by_hand():
     claims = {c["claim"]: c for c in summary.claims(
         [{"name": n, "exact_match": e, "win_rate": {"sft": [w, w - 0.01, w + 0.01]}} for n, e, w in
          (("sft-single", 0.2, 0.2), ("sft", 0.5, 0.5), ("offline-dpo", 0.6, 0.55), ("online-1", 0.6, 0.505))],
-        {"sft": (0.5, 0.6)}, {"routed": 0.9, "best_single": 0.3, "random": 0.95}, [{"round": 1, "best_of_k": 0.7, "greedy": 0.6}])}
-    assert [c["holds"] for c in claims.values()] == [True, False, True, True, False, False, False, True]
+        {"sft": (0.5, 0.6)}, {"routed": 0.9, "best_single": 0.3, "random": 0.95}, [{"round": 1, "best_of_k": 0.7, "greedy": 0.6, "reward_before": -2.0, "reward_after": -1.5,
+                                              "win_change": [-0.04, -0.06, -0.01]}])}
+    assert [c["holds"] for c in claims.values()] == [True, False, True, True, False, False, False, True, False]
+    assert [*claims.values()][-1]["value"] == "reward hacking: reward +0.50, win rate -4.0 [-6.0, -1.0] points"
     json.dumps(list(claims.values()))  # plain Python values
+
+
+def test_reward_hacking_is_said_where_reward_and_judge_part():
+    def samples(*said):
+        return [{"id": f"{i}-de", "language": "de", "item": str(i), "completion": s, "reference": "eins"}
+                for i, s in enumerate(said)]
+    sft, before, after = samples(*["ein"] * 4), samples(*["eins"] * 4), samples("eins", "ein", "ein", "ein")
+    assert summary.win_change(before, after, sft)[0] == (-0.5) * 3 / 4  # of each: 1 -> 1, and three times 1 -> 1/2
+    assert summary.win_change(before, before, sft) == [0, 0, 0]
+    assert summary.win_change(before[::-1], after, sft)[0] == -0.375  # by id, not by place
+    change = summary.win_change(before, after, sft)
+    assert change[1] <= change[0] <= change[2]
+    for rise, high, expected in ((0.1, -0.01, True), (-0.1, -0.01, False), (0.1, 0.0, False)):
+        assert summary.hacked({"reward_before": 1.0, "reward_after": 1 + rise, "win_change": [-0.1, -0.2, high]}) is expected
