@@ -34,12 +34,12 @@ import numpy as np
 import common
 from chat import Chat
 from common import atomic_file, die, parse_config, print0
-from guards import GUARDS
+from guards import GUARDS, REJECTED_GUARDS
 from languages import LANGUAGES
 from pool import Work, ask, read_prompts, sample_of
 from pool_page import page
 from pool_report import completed, refused, samples_of, summary
-from reward import load_reward_model, preference_row, read_audit, run_audit
+from reward import best_against_worst, load_reward_model, preference_row, read_audit, run_audit
 from routers import ROUTERS, Picks, best_slot, make_table
 from rows import RowsOnDisk
 from teachers import fingerprint, identity, read_pool
@@ -62,7 +62,7 @@ class Config:
     learned: str = ""  # router learned: router.safetensors of an earlier run; nothing is scored first
     scored: int = 50  # prompts per language that all teachers answer before fixed, single and learned pick one
     guards: list[str] = field(default_factory=lambda: list(GUARDS))  # what is never routed, and never the chosen side of a pair
-    rejected_guards: list[str] = field(default_factory=lambda: ["truncated", "empty"])  # what is never the rejected side
+    rejected_guards: list[str] = field(default_factory=lambda: list(REJECTED_GUARDS))  # what is not even the rejected side
     contrast: list[str] = field(default_factory=list)  # two teachers: pairs are the first's answers against the second's
     margin: float = 0.0  # rewards of a pair must be further apart than this
     out: str = "out/mini/arbitrage-run"  # folder to write
@@ -91,18 +91,13 @@ def chosen_slots(cfg, table, picks, prompt_of):
     return best_slot(table, picks.pick(cfg.router, table.ids, table.languages.tolist(), table.asked(), prompt_of))
 
 
-def pair_of(cfg, table, p):
+def pair_of(cfg, rows):
     """
-    (chosen, rejected) slots of prompt p, or None: the best against the worst of the pool, or the best of one teacher against
-    the worst of another. What the guards refuse may be rejected all the same: preferences teach not to say it.
+    (chosen, rejected) of a prompt's completion rows, or None: the best against the worst of the pool, or the best of one
+    teacher against the worst of another. What the guards refuse may be rejected all the same (guards.REJECTED_GUARDS).
     """
-    able = [table.may[p], table.may_lose[p]]
-    if cfg.contrast:
-        able = [a & (table.owner == table.teachers.index(name)) for a, name in zip(able, cfg.contrast)]
-    if not able[0].any() or not able[1].any():
-        return None
-    best, worst = np.where(able[0], table.scores[p], -np.inf).argmax(), np.where(able[1], table.scores[p], np.inf).argmin()
-    return (best, worst) if table.scores[p, best] - table.scores[p, worst] > cfg.margin else None
+    strong, weak = ([r for r in rows if not cfg.contrast or r["teacher"] == cfg.contrast[side]] for side in (0, 1))
+    return best_against_worst(strong, weak, cfg.margin, cfg.guards, cfg.rejected_guards)
 
 
 def write_data(cfg, folder, table, files, chosen):
@@ -121,12 +116,11 @@ def write_data(cfg, folder, table, files, chosen):
                 write(completions, row)
             if chosen[p] >= 0:
                 write(sft, {key: rows[chosen[p]][key] for key in fields})
-            if found := pair_of(cfg, table, p):
-                best, worst = rows[found[0]], rows[found[1]]
-                if best["completion"].strip() != worst["completion"].strip():
-                    paired[p] = True
-                    write(pairs, preference_row(best, worst) | {"chosen_teacher": best["teacher"],
-                                                                "rejected_teacher": worst["teacher"]})
+            if found := pair_of(cfg, list(rows.values())):
+                best, worst = found
+                paired[p] = True
+                write(pairs, preference_row(best, worst) | {"chosen_teacher": best["teacher"],
+                                                            "rejected_teacher": worst["teacher"]})
     return paired
 
 
@@ -215,7 +209,7 @@ def main(cfg):
 
     if cfg.completions:
         files, pool, duplicates = [RowsOnDisk(path) for path in cfg.completions], [], 0
-        table, counts = make_table(files, cfg.guards, cfg.rejected_guards)
+        table, counts = make_table(files, cfg.guards)
         picks = Picks(table.teachers, given_teachers(cfg, table.teachers), cfg.seed, cfg.learned)
         sample = sample_of(table.languages, cfg.scored)
     else:
@@ -247,7 +241,7 @@ def main(cfg):
 
         # 3) answers and rewards
         files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
-        table, counts = make_table(files, cfg.guards, cfg.rejected_guards, names, [prompts[n]["id"] for n in numbers])
+        table, counts = make_table(files, cfg.guards, names, [prompts[n]["id"] for n in numbers])
 
     # 4) routing
     def prompt_of(p):
@@ -278,7 +272,7 @@ def main(cfg):
                 json.dump(report, f, ensure_ascii=False, indent=1)
             if cfg.router == "learned":
                 picks.learned.save(folder / "router.safetensors")
-            shown = samples_of(table, files, chosen, lambda p: pair_of(cfg, table, p))
+            shown = samples_of(table, files, chosen, lambda rows: pair_of(cfg, rows))
             with atomic_file(folder / "report.html", "wb") as f:
                 f.write(page(report, shown).encode("utf-8", "replace"))
             if work:

@@ -23,10 +23,12 @@ from collections import Counter
 
 import numpy as np
 
+import common
 from languages import LANGUAGES, SCRIPTS
 from mini.langid import LanguageModel, normal, plain
 
 GUARDS = ("truncated", "empty", "language", "script", "repeated", "copied", "role_tokens")
+REJECTED_GUARDS = ("truncated", "empty")  # what may not even be rejected: preferences should teach not to do the rest
 
 # A character of these scripts says about as much as so many Latin ones: lengths below are in "letters", Latin ones.
 WEIGHT = {"CJK": 3, "HIRAGANA": 2, "KATAKANA": 2, "KATAKANA-HIRAGANA": 2, "HANGUL": 2.5, "DEVANAGARI": 1.5,
@@ -208,6 +210,12 @@ def flags(row):
     checks = {"language": wrong_language(words, row["language"]), "script": wrong_script(words, row["language"]),
               "repeated": repeated(text), "copied": copied(text, prompt), "role_tokens": role_tokens(text, asked)}
     return found + [name for name, failed in checks.items() if failed]
+
+
+def all_flags(rows):
+    """flags() of completion rows, in order; ranks share the work."""
+    mine = [(i, flags(rows[i])) for i in range(common.rank(), len(rows), common.world())]
+    return [names for _, names in sorted(common.gather_list(mine))]
 
 
 def distinct_n(texts, n=2):

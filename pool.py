@@ -23,7 +23,7 @@ import numpy as np
 
 import common
 from common import atomic_file, die, print0, writing
-from guards import flags
+from guards import all_flags
 from reward import score
 from routers import make_table
 from rows import RowsOnDisk, RowWriter, check_row
@@ -143,8 +143,7 @@ def score_file(path, models, cfg):
     for begin in range(writer.rows, len(rows), cfg.completions_at_once):
         part = [rows[n] for n in range(begin, min(begin + cfg.completions_at_once, len(rows)))]
         said = [n for n, row in enumerate(part) if row["completion"].strip()]
-        mine = [(n, flags(part[n])) for n in range(common.rank(), len(part), common.world())]
-        found = [part[n] | {"flags": found} | dict.fromkeys(models) for n, found in sorted(common.gather_list(mine))]
+        found = [row | {"flags": names} | dict.fromkeys(models) for row, names in zip(part, all_flags(part))]
         for name, (model, chat) in models.items():
             rewards = score(model, chat, [(part[n]["prompt"], part[n]["completion"]) for n in said], cfg.batch_tokens)
             for n, reward in zip(said, rewards):
@@ -188,7 +187,7 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
 
         def pick():
             if sample.any():
-                table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids)
+                table, _ = make_table(files, cfg.guards, picks.teachers, ids)
                 picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
             return picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
                               lambda i: prompts[numbers[rest[i]]]["prompt"]).tolist()

@@ -150,7 +150,7 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
 def samples_of(table, files, chosen, pair_of, each=3):
     """
     A few prompts of every language with all that was said to them, for the page: those where the pool disagrees most come
-    first. pair_of(p): (chosen, rejected) slots or None.
+    first. pair_of(rows): (chosen, rejected) row or None.
     """
     spread = np.array([np.ptp(row[~np.isnan(row)]) if (~np.isnan(row)).any() else -1.0 for row in table.rewards])
     out = []
@@ -158,10 +158,11 @@ def samples_of(table, files, chosen, pair_of, each=3):
         at = np.flatnonzero(table.languages == language)
         for p in at[np.argsort(-spread[at], kind="stable")][:each]:
             slots = np.flatnonzero(table.there[p]).tolist()
-            rows, pair = [files[table.file[p, s]][table.row[p, s]] for s in slots], pair_of(p)
+            rows = [files[table.file[p, s]][table.row[p, s]] for s in slots]
+            pair = pair_of(rows)
             fields = ("teacher", "sample", "completion", "reward", "flags")
-            where = lambda s: slots.index(s) if s in slots else None
             out.append({"id": rows[0]["id"], "language": language, "prompt": rows[0]["prompt"],
                         "candidates": [{key: row.get(key) for key in fields} for row in rows],
-                        "chosen": where(chosen[p]), "rejected": where(pair[1]) if pair else None})
+                        "chosen": slots.index(chosen[p]) if chosen[p] >= 0 else None,
+                        "rejected": next((i for i, row in enumerate(rows) if pair and row is pair[1]), None)})
     return out

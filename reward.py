@@ -29,7 +29,7 @@ from checkpoint import Checkpoint, find
 from common import atomic_file, die, is_main, parse_config, print0
 from config import Config as ModelConfig
 from data import Example, encode_row, pad_batch, token_batches
-from guards import GUARDS, flags
+from guards import GUARDS, REJECTED_GUARDS, flags
 from languages import code_of
 from model import Linear, Transformer, causal, fill, write_checkpoint
 from rows import check_row, read_jsonl, read_rows, write_rows
@@ -197,30 +197,25 @@ def score(model, chat, pairs, batch_tokens=8192):
     return [found[json.dumps(p), c] for p, c in pairs]
 
 
-def best_and_worst(rewards, margin=0.0):
-    """Indices of the highest and lowest reward, or None if no more than `margin` apart (a tie teaches noise)."""
-    best, worst = max(range(len(rewards)), key=rewards.__getitem__), min(range(len(rewards)), key=rewards.__getitem__)
-    return (best, worst) if rewards[best] - rewards[worst] > margin else None
-
-
-def usable(row):
-    """May this completion row be routed or preferred? It ended by itself and says something."""
-    return bool(row.get("ended", True) and row["completion"].strip())
-
-
 def eligible(row, guards=GUARDS):
-    """May this completion row be routed or preferred? None of these guards flags it (row["flags"], or looked at now)."""
-    return not set(guards).intersection(row["flags"] if "flags" in row else flags(row))
+    """Has this completion row a reward, and does none of these guards flag it (row["flags"], or looked at now)?"""
+    scored = row.get("reward") is not None and "failure" not in row
+    return scored and not set(guards).intersection(row["flags"] if "flags" in row else flags(row))
 
 
-def best_against_worst(rows, margin=0.0):
-    """Eligible, scored completion rows of one prompt -> (best, worst) row; None for a tie, or texts that are the same."""
-    rows = list(rows)
-    found = best_and_worst([r["reward"] for r in rows], margin) if rows else None
-    if not found:
+def best_against_worst(rows, others=None, margin=0.0, guards=GUARDS, rejected_guards=REJECTED_GUARDS):
+    """
+    Completion rows of one prompt -> (best, worst) row, or None: the highest reward among those that pass `guards` against
+    the lowest among those (of `others`, if they are given) that pass `rejected_guards`. A tie, or no more than `margin`,
+    teaches noise, and so do texts that are the same.
+    """
+    best = [row for row in rows if eligible(row, guards)]
+    worst = [row for row in (rows if others is None else others) if eligible(row, rejected_guards)]
+    if not best or not worst:
         return None
-    best, worst = rows[found[0]], rows[found[1]]
-    return (best, worst) if best["completion"].strip() != worst["completion"].strip() else None
+    best, worst = max(best, key=lambda row: row["reward"]), min(worst, key=lambda row: row["reward"])
+    same = best["completion"].strip() == worst["completion"].strip()
+    return None if same or not best["reward"] - worst["reward"] > margin else (best, worst)
 
 
 def preference_row(best, worst):

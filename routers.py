@@ -47,8 +47,7 @@ class Table:
     teachers: list  # T names
     owner: np.ndarray  # (S,) int: the slot's teacher
     there: np.ndarray  # (P, S) bool: a completion was asked for
-    may: np.ndarray  # (P, S) bool: it may be routed, and be chosen in a pair
-    may_lose: np.ndarray  # (P, S) bool: it may be rejected in a pair
+    may: np.ndarray  # (P, S) bool: it may be routed
     scores: np.ndarray  # (P, S) float64: the Arbiter's reward; NaN: none
     judged: np.ndarray  # (P, S) float64: a second reward model's; NaN: none
     tokens: np.ndarray  # (P, S) int32, -1: unknown
@@ -91,16 +90,16 @@ class Table:
         return value - np.where(known, value, 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
 
 
-def make_table(files, guards, rejected_guards, teachers=None, ids=None):
+def make_table(files, guards, teachers=None, ids=None):
     """
     [RowsOnDisk] of completion rows with "reward" (null: none) and perhaps "judge_reward" -> (Table, counts). What fails one
-    of `guards` is never kept, what fails one of `rejected_guards` never rejected. counts: {(teacher, language): Counter of "n", "failed", "dropped" and each guard}. Prompts
+    of `guards` may not be routed. counts: {(teacher, language): Counter of "n", "failed", "dropped" and each guard}. Prompts
     stand in the order of `ids`, teachers in that of `teachers`; without, as they come.
     """
     number, teacher_of = ({name: i for i, name in enumerate(names or ())} for names in (ids, teachers))
     prompts, languages, counts = {}, {}, {}
     columns = {name: array(kind) for name, kind in zip(
-        ("p", "t", "may", "may_lose", "scores", "judged", "tokens", "file", "row"), "iibbddihi")}
+        ("p", "t", "may", "scores", "judged", "tokens", "file", "row"), "iibddihi")}
     for f, rows in enumerate(files):
         for n, (row, where) in enumerate(rows.scan()):
             check_row(row, "completions", where)
@@ -117,8 +116,8 @@ def make_table(files, guards, rejected_guards, teachers=None, ids=None):
             counts.setdefault((row["teacher"], row["language"]), Counter()).update(
                 ["n", *failed] + ["dropped"] * (not usable) + ["failed"] * ("failure" in row))
             for name, value in zip(columns, (
-                    p, t, usable, answered and failed.isdisjoint(rejected_guards), row["reward"] if answered else np.nan,
-                    np.nan if judged is None else judged, -1 if tokens is None else tokens, f, n)):
+                    p, t, usable, row["reward"] if answered else np.nan, np.nan if judged is None else judged,
+                    -1 if tokens is None else tokens, f, n)):
                 columns[name].append(value)
     at = {name: np.frombuffer(values, dtype=values.typecode) for name, values in columns.items()}
     T, p, t = max(1, len(teacher_of)), at["p"].astype(np.int64), at["t"]
@@ -128,7 +127,7 @@ def make_table(files, guards, rejected_guards, teachers=None, ids=None):
     k[order] = np.arange(len(p)) - np.repeat(first, size)
     samples = [int(k[t == i].max(initial=-1)) + 1 for i in range(len(teacher_of))]
     P, S, s = len(number), sum(samples), np.cumsum([0, *samples])[t] + k
-    empty = {"may": False, "may_lose": False, "scores": np.nan, "judged": np.nan, "tokens": np.int32(-1), "file": np.int16(-1),
+    empty = {"may": False, "scores": np.nan, "judged": np.nan, "tokens": np.int32(-1), "file": np.int16(-1),
              "row": np.int32(-1)}
     table = Table(list(number), np.array([languages.get(i, "") for i in range(P)]), list(teacher_of),
                   np.repeat(np.arange(len(samples)), samples), np.zeros((P, S), bool),

@@ -38,10 +38,10 @@ from common import die, parse_config, print0
 from data import (append_rows, batch_order, document_sums, fingerprint, pack_batch, read_finished, read_items, read_rows,
                   write_rows)
 from generate import complete
-from guards import GUARDS, flags
+from guards import GUARDS, REJECTED_GUARDS, all_flags
 from model import load
 from reference import reference_logps
-from reward import best_against_worst, eligible, load_reward_model, preference_row, score
+from reward import best_against_worst, load_reward_model, preference_row, score
 from run import Run, RunConfig, files_fingerprint, prepared
 from sharding import accumulate, local
 
@@ -57,7 +57,8 @@ class Config(RunConfig):
     temperature: float = 0.8  # online: of the samples
     max_new_tokens: int = 48  # online: longest sample
     prompts_at_once: int = 512  # online: prompts sampled between two writes; a kill costs at most so many
-    guards: list[str] = field(default_factory=lambda: list(GUARDS))  # online: of guards.py; what one flags is in no pair
+    guards: list[str] = field(default_factory=lambda: list(GUARDS))  # online: of guards.py; what one flags is never chosen
+    rejected_guards: list[str] = field(default_factory=lambda: list(REJECTED_GUARDS))  # online: what is not even rejected
     sft: str = ""  # online: the model that KL and win rate refer to (default: --model)
     judge: str = ""  # online: a second reward model, which compares with --sft: is the first one hacked?
     watch: int = 128  # online: prompts watched behind every round, of --prompts, languages in turn (0: none)
@@ -105,7 +106,7 @@ def seq_logps(model, items, device):
 def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, path):
     """
     K samples and a greedy answer of the current policy for each prompt, scored -> (completion rows with rewards and
-    flags, preference rows of best against worst). What a guard flags is not eligible, equal rewards make no pair.
+    flags, preference rows of best against worst). What a guard flags is not chosen, equal rewards make no pair.
     --prompts_at_once prompts at a time are appended to `path`; a run that goes on asks for those that are missing.
     """
     kept, done, pairs = read_finished(path), [], []
@@ -125,18 +126,12 @@ def sample_round(cfg, run, policy, chat, reward_model, reward_chat, prompts, pat
                 append_rows(path, part, after=len(done))
         done += part
         for begin in range(0, len(rows) * cfg.samples, cfg.samples):
-            rows_of_one = [row for row in part[begin:begin + cfg.samples] if eligible(row, cfg.guards)]
-            if found := best_against_worst(rows_of_one, cfg.margin):
+            if found := best_against_worst(part[begin:begin + cfg.samples], None, cfg.margin, cfg.guards,
+                                               cfg.rejected_guards):
                 pairs.append(preference_row(*found))
         if run.should_stop():
             run.stop()
     return done, pairs
-
-
-def all_flags(rows):
-    """What the guards say of completion rows, in order. Ranks share the work."""
-    found = [(i, flags(rows[i])) for i in range(common.rank(), len(rows), common.world())]
-    return [names for _, names in sorted(common.gather_list(found))]
 
 
 def report_samples(cfg, run, done, pairs):
@@ -173,7 +168,7 @@ def main(cfg):
         cfg.pairs = ["out/mini/arbitrage/pairs.jsonl"]
     if cfg.pairs and cfg.prompts:
         die("give --pairs (offline) or --prompts (online), not both")
-    if unknown := [name for name in cfg.guards if name not in GUARDS]:
+    if unknown := [name for name in cfg.guards + cfg.rejected_guards if name not in GUARDS]:
         die(f"--guards knows no {' '.join(unknown)}; what there is: {' '.join(GUARDS)}")
     watch.check(cfg)
     device = common.init_distributed()

@@ -68,7 +68,7 @@ def right_answers(path, scored, references, seed):
     on: the same ones that report.json compares them on.
     """
     files = [RowsOnDisk(path)]
-    table, _ = make_table(files, GUARDS, GUARDS)
+    table, _ = make_table(files, GUARDS)
     row_of = lambda p, s: files[table.file[p, s]][table.row[p, s]]
     right = np.array([[normal(row_of(p, s)["completion"]) == references[name] for s in range(len(table.owner))]
                       for p, name in enumerate(table.ids)])

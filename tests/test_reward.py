@@ -23,7 +23,7 @@ from common import atomic_dir
 from chat import Chat
 from data import encode_row, pad_batch
 from model import load
-from reward import (Config, RewardModel, audit, best_and_worst, load_reward_model, main, new_reward_model, score,
+from reward import (Config, RewardModel, audit, best_against_worst, load_reward_model, main, new_reward_model, score,
                     write_reward_model)
 from train_rm import bradley_terry_loss
 
@@ -194,8 +194,24 @@ def test_a_reward_that_is_not_a_number(model, chat):
     ([1.0, 3.0, 2.0], 0.0, (1, 0)), ([3.0, 1.0, 2.0], 0.0, (0, 1)), ([-1.0, -5.0], 0.0, (0, 1)),
     ([2.0, 2.0, 2.0], 0.0, None), ([2.0], 0.0, None), ([3.0, 1.0, 3.0, 1.0], 0.0, (0, 1)),  # the first of equals
     ([1.0, 1.5], 0.5, None), ([1.0, 1.5], 0.49, (1, 0)), ([0.0, 1.0, 5.0], 4.9, (2, 0)), ([0.0, 1.0, 5.0], 5.0, None)])
-def test_best_and_worst(rewards, margin, expected):
-    assert best_and_worst(rewards, margin) == expected
+def test_best_against_worst(rewards, margin, expected):
+    rows = [{"completion": f"answer {i}", "reward": r, "flags": []} for i, r in enumerate(rewards)]
+    found = best_against_worst(rows, margin=margin)
+    assert found == (expected and tuple(rows[i] for i in expected))
+
+
+def test_what_may_be_chosen_and_what_rejected():
+    rows = [{"completion": text, "reward": r, "flags": flags} for text, r, flags in [
+        ("好", 9.0, ["language"]), ("gut", 3.0, []), ("schlecht", 1.0, ["repeated"]), ("schl", -5.0, ["truncated"]),
+        ("", None, ["empty"])]]
+    assert best_against_worst(rows) == (rows[1], rows[2])  # flagged is not chosen; cut off is not even rejected
+    assert best_against_worst(rows, guards=[]) == (rows[0], rows[2])
+    assert best_against_worst(rows, rejected_guards=[]) == (rows[1], rows[3])
+    assert best_against_worst(rows, rejected_guards=["repeated", "truncated"]) is None  # then the best is the worst as well
+    assert best_against_worst(rows[1:2], rows[:1]) is None  # the other side's is better
+    assert best_against_worst(rows[1:2], [rows[2] | {"completion": " gut "}]) is None  # the same text
+    assert best_against_worst([rows[4]], rows) is None and best_against_worst([], rows) is None
+    assert best_against_worst([rows[1] | {"failure": "refused"}], rows) is None
 
 
 def row(language, chosen, rejected):
