@@ -241,10 +241,13 @@ def main(cfg):
 
         # 3) answers and rewards
         files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
-        table, counts = make_table(files, cfg.guards, cfg.rejected_guards, names, [prompts[n]["id"] for n in numbers])
+        ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
+        table, counts = make_table(files, cfg.guards, cfg.rejected_guards, names, ids, languages)
 
     # 4) routing
     def prompt_of(p):
+        if not cfg.completions:  # where nobody has answered it as well
+            return prompts[numbers[p]]["prompt"]
         s = int(table.there[p].argmax())
         return files[table.file[p, s]][table.row[p, s]]["prompt"]
 

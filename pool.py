@@ -174,7 +174,7 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
         round_of(1, able & sample[:, None])
     if not sample.all():
         if sample.any():
-            table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids)
+            table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids, languages.tolist())
             picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
         able = able & np.array([teacher.name not in stopped for teacher in pool])
         rest = np.flatnonzero(~sample)

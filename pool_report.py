@@ -147,7 +147,7 @@ def samples_of(table, files, chosen, pair_of, each=3):
     spread = np.array([np.ptp(row[~np.isnan(row)]) if (~np.isnan(row)).any() else -1.0 for row in table.rewards])
     out = []
     for language in dict.fromkeys(table.languages.tolist()):
-        at = np.flatnonzero(table.languages == language)
+        at = np.flatnonzero((table.languages == language) & table.there.any(1))
         for p in at[np.argsort(-spread[at], kind="stable")][:each]:
             slots = np.flatnonzero(table.there[p]).tolist()
             rows, pair = [files[table.file[p, s]][table.row[p, s]] for s in slots], pair_of(p)

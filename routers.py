@@ -91,14 +91,15 @@ class Table:
         return value - np.where(known, value, 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
 
 
-def make_table(files, guards, rejected_guards, teachers=None, ids=None):
+def make_table(files, guards, rejected_guards, teachers=None, ids=None, languages=()):
     """
     [RowsOnDisk] of completion rows with "reward" (null: none) and perhaps "judge_reward" -> (Table, counts). What fails one
-    of `guards` is never kept, what fails one of `rejected_guards` never rejected. counts: {(teacher, language): Counter of "n", "failed", "dropped" and each guard}. Prompts
-    stand in the order of `ids`, teachers in that of `teachers`; without, as they come.
+    of `guards` is never kept, what fails one of `rejected_guards` never rejected. counts: {(teacher, language): Counter of
+    "n", "failed", "dropped" and each guard}. Prompts stand in the order of `ids`, in these `languages`, teachers in that of
+    `teachers`; without, as they come.
     """
     number, teacher_of = ({name: i for i, name in enumerate(names or ())} for names in (ids, teachers))
-    prompts, languages, counts = {}, {}, {}
+    prompts, languages, counts = {}, dict(enumerate(languages)), {}
     columns = {name: array(kind) for name, kind in zip(
         ("p", "t", "may", "may_lose", "scores", "judged", "tokens", "file", "row"), "iibbddihi")}
     for f, rows in enumerate(files):
