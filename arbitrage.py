@@ -25,6 +25,7 @@ python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router 
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +37,10 @@ from chat import Chat
 from common import atomic_file, die, parse_config, print0
 from guards import GUARDS
 from languages import LANGUAGES
-from pool import Work, ask, read_prompts, sample_of
+from pool import Work, ask, gone, read_prompts, sample_of
 from pool_page import page
 from pool_report import refused, samples_of, split, summary
-from reward import load_reward_model, preference_row, read_audit, run_audit
+from reward import load_reward_model, preference_row, read_audit, reward_model_of, run_audit
 from routers import ROUTERS, Picks, best_slot, make_table
 from rows import RowsOnDisk
 from teachers import fingerprint, identity, read_pool
@@ -130,11 +131,20 @@ def write_data(cfg, folder, table, files, chosen):
     return paired
 
 
-def audited(cfg, arbiters):
-    """The Arbiter's audit, and the languages that are routed against its advice; ends if there are any, unless forced."""
+def audited(cfg, arbiters, asked):
+    """
+    The Arbiter's audit, and the languages of those `asked` for that are routed against its advice; ends if there are any,
+    unless forced.
+    """
     rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
     table = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
-    return table, [language for language, t in table.items() if not t["trusted"] and language != "all"]
+    untrusted = [language for language, t in table.items() if language in asked and not t["trusted"]]
+    if untrusted and not cfg.force:
+        die(f"the Arbiter is no better than chance in {' '.join(untrusted)} (its interval holds 0.5): take another "
+            "reward model, more audit rows, leave them out with --languages, or --force")
+    if cfg.audit and (unseen := sorted(set(asked) - table.keys())):
+        print0(f"no audit rows in {' '.join(unseen)}: nothing says whether the Arbiter can be trusted there")
+    return table, untrusted
 
 
 def check(cfg):
@@ -170,6 +180,7 @@ def is_finished(cfg, settings):
     path, unfinished = Path(cfg.out) / "run.json", Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
     if cfg.resume == "never" or unfinished.exists() or not path.exists():
         return False
+    shutil.rmtree(gone(cfg.out), ignore_errors=True)
     before, written = json.loads(path.read_text(encoding="utf-8")), ("margin", "contrast", "guards", "rejected_guards")
     if before["settings"] != settings:
         return False
@@ -198,7 +209,12 @@ def say(cfg, report):
 
 
 def main(cfg):
-    begin, device, audit, untrusted, stopped, work = time.time(), common.init_distributed(), {}, [], {}, None
+    with contextlib.ExitStack() as at_end:
+        arbitrate(cfg, at_end)
+
+
+def arbitrate(cfg, at_end):
+    begin, device, stopped, work = time.time(), common.init_distributed(), {}, None
     check(cfg)
 
     def arbiters():
@@ -211,6 +227,7 @@ def main(cfg):
         table, counts = make_table(files, cfg.guards, cfg.rejected_guards)
         picks = Picks(table.teachers, given_teachers(cfg, table.teachers), cfg.seed, cfg.learned)
         sample = sample_of(table.languages, cfg.scored)
+        audit, untrusted = audited(cfg, arbiters, set(table.languages.tolist()))
     else:
         # 1) what is asked, and whom; an unfinished run of the same goes on
         pool = read_pool(cfg)
@@ -225,19 +242,12 @@ def main(cfg):
                          "learned": cfg.learned and fingerprint(cfg.learned)}
         if is_finished(cfg, settings):
             return
-        work = Work(cfg, settings)
+        for path in filter(None, (cfg.reward_model, cfg.judge)):
+            reward_model_of(path)  # ends before anything is paid for if it is none
+        work = at_end.enter_context(Work(cfg, settings))
 
         # 2) can the Arbiter be trusted? before anything is paid for
-        if cfg.audit:
-            rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
-            audit = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
-            asked = {prompts[n]["language"] for n in numbers}
-            untrusted = [language for language in audit if language in asked and not audit[language]["trusted"]]
-            if untrusted and not cfg.force:
-                die(f"the Arbiter is no better than chance in {' '.join(untrusted)} (its interval holds 0.5): take another "
-                    "reward model, more audit rows, leave them out with --languages, or --force")
-            if unseen := sorted(asked - audit.keys()):
-                print0(f"no audit rows in {' '.join(unseen)}: nothing says whether the Arbiter can be trusted there")
+        audit, untrusted = audited(cfg, arbiters, {prompts[n]["language"] for n in numbers})
 
         # 3) answers and rewards
         files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
@@ -256,7 +266,8 @@ def main(cfg):
         die("there is nothing to route, the guards refuse every completion: " + "; ".join(
             f"{name} " + ", ".join(f"{guard} {n}" for guard, n in sorted(of["all"].items()) if guard not in ("n", "dropped"))
             for name, of in counted.items()) + " (truncated: raise --max_new_tokens; --guards names what is refused)")
-    if cfg.completions and cfg.router in ("fixed", "single", "learned") and not cfg.learned:
+    known = cfg.learned or (cfg.router == "fixed" and set(table.languages.tolist()) <= picks.given.keys())
+    if cfg.completions and cfg.router in ("fixed", "single", "learned") and not known:
         picks.fit(table, split(table, sample)[0], prompt_of)
     chosen = chosen_slots(cfg, table, picks, prompt_of)
 
@@ -280,8 +291,8 @@ def main(cfg):
                 with atomic_file(folder / "run.json") as f:
                     json.dump({"settings": settings, "config": dataclasses.asdict(cfg)}, f, ensure_ascii=False, indent=1)
             say(cfg, report)
-    if work:
-        work.end(keep=bool(stopped))
+    if work and not stopped:
+        work.end()
 
 
 if __name__ == "__main__":

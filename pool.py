@@ -75,16 +75,24 @@ def sample_of(languages, scored):
 # ---------------------------------------------------------------------------------------------------------------------
 # the folder of a run that is under way
 
+def gone(out):
+    """Where OUT.unfinished is moved before it is removed: a kill between two of its files must not cost answers."""
+    return Path(out).with_name(f".{Path(out).name}.unfinished.gone")
+
+
 class Work:
-    """OUT.unfinished: one run at a time works in it, and what it holds was asked with the same settings."""
+    """
+    OUT.unfinished: one run at a time works in it (`with`), and what it holds was asked with the same settings.
+    """
 
     def __init__(self, cfg, settings):
         """settings: {what: its value}; "pool": {teacher: what it is}."""
-        self.folder = Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
+        self.out, self.folder = cfg.out, Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
         if cfg.resume not in ("auto", "never"):
             die(f"--resume is auto or never, got {cfg.resume!r}")
         with writing(self.folder):
             if common.is_main():
+                shutil.rmtree(gone(cfg.out), ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = os.open(self.folder, os.O_RDONLY)
                 try:
@@ -93,7 +101,7 @@ class Work:
                     die(f"another run works in {self.folder}: wait for it to end, or give another --out")
                 for file in self.folder.iterdir() if cfg.resume == "never" else ():
                     file.unlink()
-                if (path := self.folder / "run.json").exists():
+                if (path := self.folder / "run.json").exists() and any(self.folder.glob("*.jsonl")):  # it has answers
                     self.compare(json.loads(path.read_text(encoding="utf-8")), settings)
                 with atomic_file(path) as f:
                     json.dump(settings, f, ensure_ascii=False, indent=1)
@@ -114,12 +122,19 @@ class Work:
         name = re.sub(r"[^A-Za-z0-9._-]", "_", teacher.name)[:60]
         return self.folder / f"{name}-{zlib.crc32(teacher.name.encode('utf-8')):08x}.{number}.jsonl"
 
-    def end(self, keep):
-        """Lets go of the folder, and removes it unless somebody may still answer what is missing."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
         if common.is_main():
-            if not keep:
-                shutil.rmtree(self.folder)
             os.close(self.lock)
+
+    def end(self):
+        """Removes the folder: nobody can still answer what is missing."""
+        with writing(self.folder):
+            if common.is_main():
+                os.rename(self.folder, gone(self.out))
+                shutil.rmtree(gone(self.out), ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +158,22 @@ def score_file(path, models, cfg):
     return RowsOnDisk(writer.path)
 
 
+def kept_picks(work, ids, picks):
+    """
+    picks (n,): who answers each prompt (ids) of the second round, -1: nobody could; what an earlier run of the same command
+    picked stays. A teacher that was given up then and answers now would change them, and so what the round's files hold.
+    """
+    def kept():
+        path = work.folder / "picks.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        now = {i: before.get(i, t) for i, t in zip(ids, picks.tolist())}
+        with atomic_file(path) as f:
+            json.dump({i: t for i, t in now.items() if t >= 0}, f, ensure_ascii=False)
+        return now
+    now = common.on_main(kept)
+    return np.array([now[i] for i in ids], dtype=int)
+
+
 def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
     """
     The teachers answer the prompts with these `numbers`, all of them or those that are picked, and the Arbiter scores ->
@@ -162,7 +193,9 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
             path, mine = work.file(teacher, number), [numbers[i] for i in np.flatnonzero(wanted[:, t])]
             if mine and (why := answer_all(teacher, prompts, mine, path, cfg, device)):
                 stopped[teacher.name] = why
-            paths += [path] if path.exists() else []
+            paths += [path] if path.exists() and path.stat().st_size else []
+        if not paths:
+            die("there is nothing to route, every teacher was given up: " + "; ".join(f"{t} ({w})" for t, w in stopped.items()))
         models = arbiters()
         files.extend(score_file(path, models, cfg) for path in paths)
 
@@ -172,15 +205,19 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
         sample = ~sample if known else sample_of(languages, cfg.scored)
     if sample.any():
         round_of(1, able & sample[:, None])
-    if not sample.all():
+    if cfg.router != "reward":
         if sample.any():
             table, _ = make_table(files, cfg.guards, cfg.rejected_guards, picks.teachers, ids, languages.tolist())
             picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
         able = able & np.array([teacher.name not in stopped for teacher in pool])
         rest = np.flatnonzero(~sample)
-        chosen = picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
+        asked = [ids[i] for i in rest]
+        chosen = picks.pick(cfg.router, asked, languages[rest].tolist(), able[rest],
                             lambda i: prompts[numbers[rest[i]]]["prompt"])
+        if sample.any():  # else they depend on the command alone
+            chosen = kept_picks(work, asked, chosen)
         wanted = np.zeros(able.shape, bool)
         wanted[rest[chosen >= 0], chosen[chosen >= 0]] = True
-        round_of(2, wanted)
+        if wanted.any():
+            round_of(2, wanted)
     return files, stopped, sample

@@ -129,7 +129,7 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
               "unusable": sum(of["all"].get("dropped", 0) for of in guards.values()),
               "share": shares(table, chosen, np.ones(len(table.ids), bool))}
     fit, test = split(table, sample)
-    if fit.any() and test.any():
+    if test.any() and not np.isnan(table.advantage()[fit]).all():
         picks = Picks(picks.teachers, picks.given, picks.seed)  # not those that were used: they may have seen `test`
         picks.fit(table, fit, prompt_of)
         report["routers"], baseline = compare(table, picks, test, prompt_of)

@@ -176,7 +176,7 @@ def main(cfg):
     results = {"preset": cfg.preset, "seed": cfg.seed, "commit": git_commit(), "hardware": hardware(),
                "seconds": round(sum(seconds.values()), 1), "stage_seconds": seconds, "best_teacher": best_teacher,
                "stages": stages, "parts": parts, "arbiter_audit": audit, "rounds": rounds,
-               "arbitrage": {"accuracy": accuracies, "teacher_share": report["teacher_share"]},
+               "arbitrage": {"accuracy": accuracies, "teacher_share": report["share"]},
                "claims": claims(stages, parts, accuracies, rounds)}
     with atomic_file(run / "table.md") as f:
         f.write(markdown(results))
