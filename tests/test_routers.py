@@ -19,7 +19,6 @@ import torch
 
 import pool_report
 import routers
-
 from pool_report import compare, completed, costs, interval, refused, reward_spread, samples_of, shares, split
 from routers import Learned, Picks, best_slot, features, make_table
 from rows import RowsOnDisk
