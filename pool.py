@@ -110,17 +110,23 @@ class Work:
     def compare(self, before, now):
         changed = [key for key in now | before if key != "pool" and before.get(key) != now.get(key)]
         old, new = before["pool"], now["pool"]
-        changed += [f"teacher {name}" for name in new if name in old and old[name] != new[name]]
-        if now["router"] != "reward" and not changed and old != new:
+        # who has said nothing so far may be mended: a damaged folder, a wrong address
+        changed += [f"teacher {name}" for name in new if name in old and old[name] != new[name] and any(
+            path.stat().st_size for path in self.folder.glob(f"{self.stem(name)}.*.j*"))]
+        if now["router"] != "reward" and not changed and old.keys() != new.keys():
             changed = ["pool"]  # picks depend on it; answers of all teachers to all prompts do not
         if changed:
             die(f"{self.folder} holds an unfinished run with another {', another '.join(changed)}: give again what it had to go "
                 "on, another --out to begin another, or --resume never to throw it away")
 
+    @staticmethod
+    def stem(name):
+        """How the names of a teacher's files begin."""
+        return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60] + f"-{zlib.crc32(name.encode('utf-8')):08x}"
+
     def file(self, teacher, number):
         """Where a teacher's answers of round `number` are."""
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", teacher.name)[:60]
-        return self.folder / f"{name}-{zlib.crc32(teacher.name.encode('utf-8')):08x}.{number}.jsonl"
+        return self.folder / f"{self.stem(teacher.name)}.{number}.jsonl"
 
     def __enter__(self):
         return self
@@ -158,20 +164,20 @@ def score_file(path, models, cfg):
     return RowsOnDisk(writer.path)
 
 
-def kept_picks(work, ids, picks):
+def kept_picks(work, ids, picks, names):
     """
-    picks (n,): who answers each prompt (ids) of the second round, -1: nobody could; what an earlier run of the same command
+    picks (n,): number in `names` of who answers each prompt (ids) of the second round, -1: nobody could; what an earlier run of the same command
     picked stays. A teacher that was given up then and answers now would change them, and so what the round's files hold.
     """
     def kept():
         path = work.folder / "picks.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        now = {i: before.get(i, t) for i, t in zip(ids, picks.tolist())}
+        now = before | {i: names[t] for i, t in zip(ids, picks.tolist()) if t >= 0 and i not in before}
         with atomic_file(path) as f:
-            json.dump({i: t for i, t in now.items() if t >= 0}, f, ensure_ascii=False)
+            json.dump(now, f, ensure_ascii=False)
         return now
     now = common.on_main(kept)
-    return np.array([now[i] for i in ids], dtype=int)
+    return np.array([names.index(now[i]) if i in now else -1 for i in ids], dtype=int)
 
 
 def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
@@ -215,7 +221,7 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
         chosen = picks.pick(cfg.router, asked, languages[rest].tolist(), able[rest],
                             lambda i: prompts[numbers[rest[i]]]["prompt"])
         if sample.any():  # else they depend on the command alone
-            chosen = kept_picks(work, asked, chosen)
+            chosen = kept_picks(work, asked, chosen, picks.teachers)
         wanted = np.zeros(able.shape, bool)
         wanted[rest[chosen >= 0], chosen[chosen >= 0]] = True
         if wanted.any():
