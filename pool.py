@@ -97,15 +97,22 @@ class Work:
                 self.lock = os.open(self.folder, os.O_RDONLY)
                 try:
                     fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.begin(self.folder / "run.json", cfg.resume, settings)
                 except BlockingIOError:
                     die(f"another run works in {self.folder}: wait for it to end, or give another --out")
-                for file in self.folder.iterdir() if cfg.resume == "never" else ():
-                    file.unlink()
-                if (path := self.folder / "run.json").exists() and any(self.folder.glob("*.jsonl")):  # it has answers
-                    self.compare(json.loads(path.read_text(encoding="utf-8")), settings)
-                with atomic_file(path) as f:
-                    json.dump(settings, f, ensure_ascii=False, indent=1)
+                except BaseException:
+                    os.close(self.lock)
+                    raise
         common.barrier()
+
+    def begin(self, path, resume, settings):
+        files = sorted(self.folder.iterdir(), key=lambda file: file == path)  # run.json goes last: it says what the others are
+        for file in files if resume == "never" else ():
+            file.unlink()
+        if path.exists() and any(self.folder.glob("*.jsonl")):  # it has answers
+            self.compare(json.loads(path.read_text(encoding="utf-8")), settings)
+        with atomic_file(path) as f:
+            json.dump(settings, f, ensure_ascii=False, indent=1)
 
     def compare(self, before, now):
         changed = [key for key in now | before if key != "pool" and before.get(key) != now.get(key)]
