@@ -25,7 +25,7 @@ from model import load
 from pool import read_prompts, sample_of
 from reward import load_reward_model, new_reward_model, score, write_reward_model
 from routers import ROUTERS
-from test_endpoint import refusal as one_line, serving, waits, whole  # noqa: F401  a fixture: nobody waits for a retry
+from test_endpoint import read, refusal as one_line, serving, waits, whole  # noqa: F401  a fixture: nobody waits for a retry
 from test_routers import TEACHERS, completion, completions
 
 cpu = tiny.cpu
@@ -179,7 +179,7 @@ def made(tmp_path_factory):
 
 def asking(made, out, **settings):
     return {"prompts": str(made / "prompts.jsonl"), "teachers": [str(made / "north"), str(made / "south")], "out": str(out),
-            "reward_model": str(made / "rm-north"), "max_new_tokens": 40, "samples": 6, "temperature": 2.0, "seed": 5,
+            "reward_model": str(made / "rm-north"), "max_new_tokens": 40, "samples": 4, "temperature": 2.0, "seed": 5,
             "guards": ["truncated", "empty"]} | settings
 
 
@@ -194,12 +194,14 @@ REPORT = {"router", "pairs_from", "prompts", "routed", "pairs", "languages", "te
 def test_asking_teachers(made, tmp_path):
     """The whole script, and its completions and rewards made anew; on two ranks; then routing its own completions again."""
     one, two = (asking(made, tmp_path / name, judge=str(made / "rm-south")) for name in ("out", "two"))
-    picked = [asking(made, tmp_path / name, router="learned") for name in ("picked", "picked-two")]
-    tiny.jobs(tmp_path / "jobs.json", {1: [["", "arbitrage.py", *words_of(one)], ["", "arbitrage.py", *words_of(picked[0])]],
-                                       2: [["", "arbitrage.py", *words_of(two)], ["", "arbitrage.py", *words_of(picked[1])]]})
+    with serving() as server:
+        picked = [asking(made, tmp_path / name, router="learned", teachers=[str(made / "north"), server.url]) for name in ("picked", "picked-two")]
+        tiny.jobs(tmp_path / "jobs.json", {1: [["", "arbitrage.py", *words_of(one)], ["", "arbitrage.py", *words_of(picked[0])]],
+                                           2: [["", "arbitrage.py", *words_of(two)], ["", "arbitrage.py", *words_of(picked[1])]]})
+        assert set(server.count.values()) == {2}  # rank 0 asks
     rows, prompts = tiny.read(tmp_path / "out" / "completions.jsonl"), tiny.read(made / "prompts.jsonl")
     expected = [r for name in ("north", "south") for r in complete(
-        load(made / name), Chat(made / name), prompts, 40, 2.0, samples=6, seed=5, teacher=name)]
+        load(made / name), Chat(made / name), prompts, 40, 2.0, samples=4, seed=5, teacher=name)]
     said = lambda row: {k: v for k, v in row.items() if k not in ("flags", "reward", "judge_reward")}
     assert [said(r) for r in rows] == sorted(expected, key=lambda r: r["id"])  # prompt by prompt, then teacher by teacher
     for key, model in (("reward", "rm-north"), ("judge_reward", "rm-south")):
@@ -213,8 +215,8 @@ def test_asking_teachers(made, tmp_path):
 
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report.keys() == REPORT and report["teachers"].keys() == {"north", "south"}
-    assert report["teachers"]["south"] == {"completions": 30, "failed": 0, "tokens": sum(r["tokens"] for r in rows[6:12]) + sum(
-        r["tokens"] for r in rows[12:] if r["teacher"] == "south"), "model": str(made / "south"), "stopped": ""}
+    assert report["teachers"]["south"] == {"completions": 20, "failed": 0, "tokens": sum(
+        r["tokens"] for r in rows if r["teacher"] == "south"), "model": str(made / "south"), "stopped": ""}
     assert report["compared"]["judged_by"] == str(made / "rm-south") and report["audit"] is None and report["forced"] == []
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "completions.jsonl", "pairs.jsonl", "report.html", "report.json", "run.json", "sft.jsonl"]
@@ -222,10 +224,10 @@ def test_asking_teachers(made, tmp_path):
 
     for a, b in (("out", "two"), ("picked", "picked-two")):
         for name in ("completions", "sft", "pairs"):
-            here, there = (tiny.read(tmp_path / folder / f"{name}.jsonl") for folder in (a, b))
+            here, there = (read(tmp_path / folder / f"{name}.jsonl") for folder in (a, b))
             assert len(here) == len(there) > 0
             assert all(y == {k: pytest.approx(v, abs=1e-4) if "reward" in k else v for k, v in x.items()} for x, y in zip(here, there))
-    asked = {i: {r["teacher"] for r in tiny.read(tmp_path / "picked" / "completions.jsonl") if r["id"] == i} for i in "q0 q1 q2 q3 q4".split()}
+    asked = {i: {r["teacher"] for r in read(tmp_path / "picked" / "completions.jsonl") if r["id"] == i} for i in "q0 q1 q2 q3 q4".split()}
     assert [len(teachers) for teachers in asked.values()] == [2, 2, 2, 1, 1]  # half of each language, rounded up, is the sample
 
     again = Config(completions=[str(tmp_path / "out" / "completions.jsonl")], guards=["truncated", "empty"], out=str(tmp_path / "again"))

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 
 import tiny  # first: it finds the repository
@@ -23,14 +22,15 @@ import pytest
 import torch
 
 import arbitrage
+import common
 import pool
-import rows
+import routers
 from arbitrage import main
-from common import parse_config
+from rows import RowsOnDisk, RowWriter
 from forked import before_file_operation, full_disk, kill, patched
 from test_arbitrage import made, refusal  # noqa: F401  made: a fixture
 from test_endpoint import serving, waits, whole  # noqa: F401  a fixture: nobody waits for a retry
-from test_pool import asked, config, lines, plain, prompts, report_of, rows_of, says  # noqa: F401  plain: a fixture
+from test_pool import config, lines, plain, prompts, report_of, rows_of, says  # noqa: F401  plain: a fixture
 
 cpu = tiny.cpu
 
@@ -71,8 +71,11 @@ def content(out):
 
 
 @pytest.fixture
-def setting(made, tmp_path):
-    """(here, server, setting(router, out) -> Config): two parts in either round."""
+def setting(made, tmp_path, monkeypatch):
+    """(here, server, setting(router, out) -> Config): two parts in either round. What takes time and no files is left out."""
+    monkeypatch.setattr(common, "git_commit", lambda: "abc")
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # it is counted all the same; a kill of a process does not need it
+    monkeypatch.setattr(routers.Learned, "fit", lambda *_, **__: (0.0, 0.0))
     with serving(says(answer)) as server:
         stored = [{"id": f"q{i}", "language": "de", "prompt": "x", "completion": "+" * (i % 2), "tokens": 1} for i in range(10)]
         pool_rows = [{"name": "s", "model": server.url}, {"name": "file", "model": lines(tmp_path / "file.jsonl", *stored)}]
@@ -124,7 +127,6 @@ def test_a_kill_at_every_file_operation(router, torn, setting, waits):
         count_scores(scores)
         main(make(router, "straight"))
         expected, once, scored = content(here / "straight"), len(server.seen), len(scores.read_text(encoding="utf-8").splitlines())
-        assert once == (9 if router == "fixed" else 10) or router == "fixed"
         assert set(server.count.values()) == {1}
         killed = 0
         for n in range(1, 200):
@@ -181,6 +183,20 @@ def test_a_full_disk(limit, setting, capfd):
     assert sum(k > 1 for k in server.count.values()) <= 1  # the answer that did not fit
 
 
+@pytest.mark.parametrize("group, cut, kept", [(1, 0, 6), (1, 1, 5), (2, 1, 4), (3, 0, 6), (3, 40, 3), (3, 10**6, 0)])
+def test_rows_that_a_kill_cut_off_go(group, cut, kept, tmp_path):
+    """Rows of 12 bytes; the last group that is not whole goes, and what is added then stands behind the others."""
+    path = tmp_path / "rows.jsonl"
+    writer = RowWriter(path, group)
+    writer.add([{"a": "é", "n": n} for n in range(6)])
+    path.write_bytes(path.read_bytes()[:max(0, path.stat().st_size - cut)])
+    writer = RowWriter(path, group)
+    assert writer.rows == kept
+    writer.add([{"n": 9}])
+    found = RowsOnDisk(path).scanned()
+    assert writer.rows == len(found) == kept + 1 and [found[n]["n"] for n in (kept, *range(kept))] == [9, *range(kept)]
+
+
 # --- other settings ---
 
 @pytest.fixture
@@ -188,9 +204,8 @@ def stopped(setting, made):
     """A run that is not finished, as one of its teachers is away, and its flags."""
     here, server, make = setting
     with serving(lambda handler, payload, times: handler.send(401, b"{}")) as away:
-        rows_ = [*tiny.read(here / "pool.jsonl"), {"name": "away", "model": away.url}]
         flags = vars(make("reward", "out"))
-        lines(here / "pool.jsonl", *tiny.read(here / "pool.jsonl"), rows_[-1])
+        lines(here / "pool.jsonl", *tiny.read(here / "pool.jsonl"), {"name": "away", "model": away.url})
         main(arbitrage.Config(**flags))
         assert (here / "out.unfinished").exists() and len(server.seen) == 10
         yield here, server, flags
@@ -236,7 +251,9 @@ def test_picks_belong_to_a_pool(stopped):
         refusal("with another pool:", **flags)
     lines(here / "pool.jsonl", *old[::-1])
     main(arbitrage.Config(**flags))
-    assert {str(r) for r in rows_of(here, "sft", "fixed")} == {str(r) for r in expected} and len(server.seen) == seen
+    assert len(server.seen) == seen
+    picked = lambda rows: [(r["id"], r["teacher"]) for r in rows if r["id"] > "q3"]  # the others are the sample, with ties
+    assert picked(rows_of(here, "sft", "fixed")) == picked(expected) and len(picked(expected)) > 2
 
 
 def test_two_runs_in_one_folder(setting):
