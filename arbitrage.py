@@ -25,6 +25,7 @@ python arbitrage.py --completions out/mini/arbitrage/completions.jsonl --router 
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +37,10 @@ from chat import Chat
 from common import atomic_file, die, parse_config, print0
 from guards import GUARDS, REJECTED_GUARDS
 from languages import LANGUAGES
-from pool import Work, ask, read_prompts, sample_of
+from pool import Work, ask, gone, read_prompts, sample_of
 from pool_page import page
 from pool_report import completed, refused, samples_of, summary
-from reward import best_against_worst, load_reward_model, preference_row, read_audit, run_audit
+from reward import best_against_worst, load_reward_model, preference_row, read_audit, reward_model_of, run_audit
 from routers import ROUTERS, Picks, best_slot, make_table
 from rows import RowsOnDisk
 from teachers import fingerprint, identity, read_pool
@@ -124,18 +125,28 @@ def write_data(cfg, folder, table, files, chosen):
     return paired
 
 
-def audited(cfg, arbiters, path):
-    """The audit's table of the languages that are asked for, from `path` if the same rows were scored before."""
+def audited(cfg, arbiters, asked, path=None):
+    """
+    The Arbiter's audit, and the languages of those `asked` for that are routed against its advice; ends if there are any,
+    unless forced. `path`: a file that keeps the table while a run is under way, so that nothing is scored twice.
+    """
     of = [cfg.languages, *map(fingerprint, cfg.audit)]
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if before.get("of") == of:
-        return before["table"]
-    rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
-    table = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
-    if common.is_main():
-        with atomic_file(path) as f:
-            json.dump({"of": of, "table": table}, f, ensure_ascii=False)
-    return table
+    kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    if kept.get("of") == of:
+        table = kept["table"]
+    else:
+        rows = [row for row in read_audit(cfg.audit) if not cfg.languages or row["language"] in cfg.languages]
+        table = run_audit(rows, list(arbiters().values()), cfg.batch_tokens) if rows else {}
+        if path and rows and common.is_main():
+            with atomic_file(path) as f:
+                json.dump({"of": of, "table": table}, f, ensure_ascii=False)
+    untrusted = [language for language, t in table.items() if language in asked and not t["trusted"]]
+    if untrusted and not cfg.force:
+        die(f"the Arbiter is no better than chance in {' '.join(untrusted)} (its interval holds 0.5): take another "
+            "reward model, more audit rows, leave them out with --languages, or --force")
+    if cfg.audit and (unseen := sorted(set(asked) - table.keys())):
+        print0(f"no audit rows in {' '.join(unseen)}: nothing says whether the Arbiter can be trusted there")
+    return table, untrusted
 
 
 def check(cfg):
@@ -171,6 +182,7 @@ def is_finished(cfg, settings):
     path, unfinished = Path(cfg.out) / "run.json", Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
     if cfg.resume == "never" or unfinished.exists() or not path.exists():
         return False
+    shutil.rmtree(gone(cfg.out), ignore_errors=True)
     before, written = json.loads(path.read_text(encoding="utf-8")), ("margin", "contrast", "guards", "rejected_guards")
     if before["settings"] != settings:
         return False
@@ -199,7 +211,12 @@ def say(cfg, report):
 
 
 def main(cfg):
-    begin, device, audit, untrusted, stopped, work = time.time(), common.init_distributed(), {}, [], {}, None
+    with contextlib.ExitStack() as at_end:
+        arbitrate(cfg, at_end)
+
+
+def arbitrate(cfg, at_end):
+    begin, device, stopped, work = time.time(), common.init_distributed(), {}, None
     check(cfg)
 
     def arbiters():
@@ -212,6 +229,7 @@ def main(cfg):
         table, counts = make_table(files, cfg.guards)
         picks = Picks(table.teachers, given_teachers(cfg, table.teachers), cfg.seed, cfg.learned)
         sample = sample_of(table.languages, cfg.scored)
+        audit, untrusted = audited(cfg, arbiters, set(table.languages.tolist()))
     else:
         # 1) what is asked, and whom; an unfinished run of the same goes on
         pool = read_pool(cfg)
@@ -226,25 +244,22 @@ def main(cfg):
                          "learned": cfg.learned and fingerprint(cfg.learned)}
         if is_finished(cfg, settings):
             return
-        work = Work(cfg, settings)
+        for path in filter(None, (cfg.reward_model, cfg.judge)):
+            reward_model_of(path)  # ends before anything is paid for if it is none
+        work = at_end.enter_context(Work(cfg, settings))
 
         # 2) can the Arbiter be trusted? before anything is paid for
-        if cfg.audit:
-            audit = audited(cfg, arbiters, work.folder / "audit.json")
-            asked = {prompts[n]["language"] for n in numbers}
-            untrusted = [language for language in audit if language in asked and not audit[language]["trusted"]]
-            if untrusted and not cfg.force:
-                die(f"the Arbiter is no better than chance in {' '.join(untrusted)} (its interval holds 0.5): take another "
-                    "reward model, more audit rows, leave them out with --languages, or --force")
-            if unseen := sorted(asked - audit.keys()):
-                print0(f"no audit rows in {' '.join(unseen)}: nothing says whether the Arbiter can be trusted there")
+        audit, untrusted = audited(cfg, arbiters, {prompts[n]["language"] for n in numbers}, work.folder / "audit.json")
 
         # 3) answers and rewards
         files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
-        table, counts = make_table(files, cfg.guards, names, [prompts[n]["id"] for n in numbers])
+        ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
+        table, counts = make_table(files, cfg.guards, names, ids, languages)
 
     # 4) routing
     def prompt_of(p):
+        if not cfg.completions:  # where nobody has answered it as well
+            return prompts[numbers[p]]["prompt"]
         s = int(table.there[p].argmax())
         return files[table.file[p, s]][table.row[p, s]]["prompt"]
 
@@ -253,8 +268,8 @@ def main(cfg):
         die("there is nothing to route, the guards refuse every completion: " + "; ".join(
             f"{name} " + ", ".join(f"{guard} {n}" for guard, n in sorted(of["all"].items()) if guard not in ("n", "dropped"))
             for name, of in counted.items()) + " (truncated: raise --max_new_tokens; --guards names what is refused)")
-    given = cfg.learned or (cfg.router == "fixed" and set(table.languages.tolist()) <= set(picks.given))
-    if cfg.router in ("fixed", "single", "learned") and not given:
+    known = cfg.learned or (cfg.router == "fixed" and set(table.languages.tolist()) <= picks.given.keys())
+    if cfg.completions and cfg.router in ("fixed", "single", "learned") and not known:
         done = completed(table)
         picks.fit(table, next(rows for rows in (sample & done, done, sample | True) if rows.any()), prompt_of)
     chosen = chosen_slots(cfg, table, picks, prompt_of)
@@ -278,8 +293,8 @@ def main(cfg):
             if work:
                 with atomic_file(folder / "run.json") as f:
                     json.dump({"settings": settings, "config": dataclasses.asdict(cfg)}, f, ensure_ascii=False, indent=1)
-    if work:
-        work.end(keep=bool(stopped))
+    if work and not stopped:
+        work.end()
     if common.is_main():
         say(cfg, report)
 

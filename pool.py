@@ -75,60 +75,79 @@ def sample_of(languages, scored):
 # ---------------------------------------------------------------------------------------------------------------------
 # the folder of a run that is under way
 
+def gone(out):
+    """Where OUT.unfinished is moved before it is removed: a kill between two of its files must not cost answers."""
+    return Path(out).with_name(f".{Path(out).name}.unfinished.gone")
+
+
 class Work:
-    """OUT.unfinished: one run at a time works in it, and what it holds was asked with the same settings."""
+    """
+    OUT.unfinished: one run at a time works in it (`with`), and what it holds was asked with the same settings.
+    """
 
     def __init__(self, cfg, settings):
         """settings: {what: its value}; "pool": {teacher: what it is}."""
-        self.folder = Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
+        self.out, self.folder = cfg.out, Path(cfg.out).with_name(Path(cfg.out).name + ".unfinished")
         if cfg.resume not in ("auto", "never"):
             die(f"--resume is auto or never, got {cfg.resume!r}")
         with writing(self.folder):
             if common.is_main():
+                shutil.rmtree(gone(cfg.out), ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = os.open(self.folder, os.O_RDONLY)
                 try:
                     fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.begin(self.folder / "run.json", cfg.resume, settings)
                 except BlockingIOError:
                     die(f"another run works in {self.folder}: wait for it to end, or give another --out")
-                for file in self.folder.iterdir() if cfg.resume == "never" else ():
-                    file.unlink()
-                if (path := self.folder / "run.json").exists():
-                    self.compare(json.loads(path.read_text(encoding="utf-8")), settings)
-                with atomic_file(path) as f:
-                    json.dump(settings, f, ensure_ascii=False, indent=1)
+                except BaseException:
+                    os.close(self.lock)
+                    raise
         common.barrier()
+
+    def begin(self, path, resume, settings):
+        files = sorted(self.folder.iterdir(), key=lambda file: file == path)  # run.json goes last: it says what the others are
+        for file in files if resume == "never" else ():
+            file.unlink()
+        if path.exists() and any(self.folder.glob("*.jsonl")):  # it has answers
+            self.compare(json.loads(path.read_text(encoding="utf-8")), settings)
+        with atomic_file(path) as f:
+            json.dump(settings, f, ensure_ascii=False, indent=1)
 
     def compare(self, before, now):
         changed = [key for key in now | before if key != "pool" and before.get(key) != now.get(key)]
         old, new = before["pool"], now["pool"]
-        changed += [f"teacher {name}" for name in new if name in old and old[name] != new[name]]
-        if now["router"] != "reward" and not changed and old != new:
+        # who has said nothing so far may be mended: a damaged folder, a wrong address
+        changed += [f"teacher {name}" for name in new if name in old and old[name] != new[name] and any(
+            path.stat().st_size for path in self.folder.glob(f"{self.stem(name)}.*.j*"))]
+        if now["router"] != "reward" and not changed and old.keys() != new.keys():
             changed = ["pool"]  # picks depend on it; answers of all teachers to all prompts do not
         if changed:
             die(f"{self.folder} holds an unfinished run with another {', another '.join(changed)}: give again what it had to go "
                 "on, another --out to begin another, or --resume never to throw it away")
 
-    def once(self, name, make):
-        """make() (a value for JSON), or what it was when this run was begun: on every rank what rank 0 has in the folder."""
-        if common.is_main() and not (self.folder / name).exists():
-            found = make()
-            with atomic_file(self.folder / name) as f:
-                json.dump(found, f, ensure_ascii=False)
-        common.barrier()
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+    @staticmethod
+    def stem(name):
+        """How the names of a teacher's files begin."""
+        return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60] + f"-{zlib.crc32(name.encode('utf-8')):08x}"
 
     def file(self, teacher, number):
         """Where a teacher's answers of round `number` are."""
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", teacher.name)[:60]
-        return self.folder / f"{name}-{zlib.crc32(teacher.name.encode('utf-8')):08x}.{number}.jsonl"
+        return self.folder / f"{self.stem(teacher.name)}.{number}.jsonl"
 
-    def end(self, keep):
-        """Lets go of the folder, and removes it unless somebody may still answer what is missing."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
         if common.is_main():
-            if not keep:
-                shutil.rmtree(self.folder)
             os.close(self.lock)
+
+    def end(self):
+        """Removes the folder: nobody can still answer what is missing."""
+        with writing(self.folder):
+            if common.is_main():
+                os.rename(self.folder, gone(self.out))
+                shutil.rmtree(gone(self.out), ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,6 +171,22 @@ def score_file(path, models, cfg):
     return RowsOnDisk(writer.path)
 
 
+def kept_picks(work, ids, picks, names):
+    """
+    picks (n,): number in `names` of who answers each prompt (ids) of the second round, -1: nobody could; what an earlier run of the same command
+    picked stays. A teacher that was given up then and answers now would change them, and so what the round's files hold.
+    """
+    def kept():
+        path = work.folder / "picks.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        now = before | {i: names[t] for i, t in zip(ids, picks.tolist()) if t >= 0 and i not in before}
+        with atomic_file(path) as f:
+            json.dump(now, f, ensure_ascii=False)
+        return now
+    now = common.on_main(kept)
+    return np.array([names.index(now[i]) if i in now else -1 for i in ids], dtype=int)
+
+
 def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
     """
     The teachers answer the prompts with these `numbers`, all of them or those that are picked, and the Arbiter scores ->
@@ -171,29 +206,31 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
             path, mine = work.file(teacher, number), [numbers[i] for i in np.flatnonzero(wanted[:, t])]
             if mine and (why := answer_all(teacher, prompts, mine, path, cfg, device)):
                 stopped[teacher.name] = why
-            paths += [path] if path.exists() else []
+            paths += [path] if path.exists() and path.stat().st_size else []
+        if not paths:
+            die("there is nothing to route, every teacher was given up: " + "; ".join(f"{t} ({w})" for t, w in stopped.items()))
         models = arbiters()
         files.extend(score_file(path, models, cfg) for path in paths)
 
     sample = sample_of(languages, cfg.scored)
-    if cfg.router == "random" or cfg.learned or (cfg.router == "fixed" and set(languages.tolist()) <= set(picks.given)):
+    if cfg.router == "random" or cfg.learned or (cfg.router == "fixed" and set(languages.tolist()) <= picks.given.keys()):
         sample[:] = False  # nothing has to be known
     everybody = np.ones(len(numbers), bool) if cfg.router == "reward" else sample
     if everybody.any():
         round_of(1, able & everybody[:, None])
-    if not everybody.all():
+    if cfg.router != "reward":
+        if sample.any():
+            table, _ = make_table(files, cfg.guards, picks.teachers, ids, languages.tolist())
+            picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
         able = able & np.array([teacher.name not in stopped for teacher in pool])
-        rest = np.flatnonzero(~everybody)
-
-        def pick():
-            if sample.any():
-                table, _ = make_table(files, cfg.guards, picks.teachers, ids)
-                picks.fit(table, sample, lambda i: prompts[numbers[i]]["prompt"])
-            return picks.pick(cfg.router, [ids[i] for i in rest], languages[rest].tolist(), able[rest],
-                              lambda i: prompts[numbers[rest[i]]]["prompt"]).tolist()
-        # kept: a teacher that comes back to life must not move prompts that were asked already, nor ranks disagree
-        chosen = np.array(work.once("picks.json", pick))
+        rest = np.flatnonzero(~sample)
+        asked = [ids[i] for i in rest]
+        chosen = picks.pick(cfg.router, asked, languages[rest].tolist(), able[rest],
+                            lambda i: prompts[numbers[rest[i]]]["prompt"])
+        if sample.any():  # else they depend on the command alone
+            chosen = kept_picks(work, asked, chosen, picks.teachers)
         wanted = np.zeros(able.shape, bool)
         wanted[rest[chosen >= 0], chosen[chosen >= 0]] = True
-        round_of(2, wanted)
+        if wanted.any():
+            round_of(2, wanted)
     return files, stopped, sample

@@ -138,7 +138,7 @@ def summary(cfg, table, counts, picks, sample, chosen, paired, prompt_of):
               "unusable": sum(of["all"].get("dropped", 0) for of in guards.values()),
               "share": shares(table, chosen, np.ones(len(table.ids), bool))}
     fit, test = split(table, sample)
-    if fit.any() and test.any():
+    if test.any() and not np.isnan(table.advantage()[fit]).all():
         picks = Picks(picks.teachers, picks.given, picks.seed)  # not those that were used: they may have seen `test`
         picks.fit(table, fit, prompt_of)
         report["routers"], baseline = compare(table, picks, test, prompt_of)
@@ -155,7 +155,7 @@ def samples_of(table, files, chosen, pair_of, each=3):
     spread = np.array([np.ptp(row[~np.isnan(row)]) if (~np.isnan(row)).any() else -1.0 for row in table.rewards])
     out = []
     for language in dict.fromkeys(table.languages.tolist()):
-        at = np.flatnonzero(table.languages == language)
+        at = np.flatnonzero((table.languages == language) & table.there.any(1))
         for p in at[np.argsort(-spread[at], kind="stable")][:each]:
             slots = np.flatnonzero(table.there[p]).tolist()
             rows = [files[table.file[p, s]][table.row[p, s]] for s in slots]

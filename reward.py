@@ -119,10 +119,11 @@ class Classifier(Transformer):
         return F.linear(hidden.to(acc), self.score.weight.to(acc)).squeeze(1)
 
 
-def load_reward_model(path, dtype=None, device=None):
+def reward_model_of(path):
     """
-    A folder that train_rm.py wrote -> RewardModel; a folder or hub name of a transformers sequence classifier with one
-    label -> Classifier. Anything else is refused by the name of its architecture.
+    A folder that train_rm.py wrote -> (Checkpoint, Config, a function that makes a RewardModel); a folder or hub name of a
+    transformers sequence classifier with one label -> the same of a Classifier. Anything else is refused by the name of its
+    architecture. No weights are read.
     """
     stored = Checkpoint(find(path))
     where, architectures = stored.folder / "config.json", stored.architectures()
@@ -140,7 +141,12 @@ def load_reward_model(path, dtype=None, device=None):
         die(f"{where}: architecture {', '.join(architectures) or None} is not a reward model that reward.py knows; "
             f"what is: {', '.join(CLASSIFIERS)} with one label, and {ARCHITECTURE} (from train_rm.py). Reward models "
             "with code of their own (ArmoRM, InternLM2, Eurus, PairRM, ...) are not run")
-    cfg = ModelConfig.from_dict(stored.config, where)
+    return stored, ModelConfig.from_dict(stored.config, where), make
+
+
+def load_reward_model(path, dtype=None, device=None):
+    """What reward_model_of() knows, with its weights."""
+    stored, cfg, make = reward_model_of(path)
     with torch.device("meta"):
         model = make(cfg)
     return fill(model, stored, dtype, device)

@@ -14,6 +14,7 @@ compare only within a prompt, so a teacher is judged by its advantage: its rewar
 
 import hashlib
 import json
+import math
 import random
 import zlib
 from array import array
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import die
@@ -90,14 +91,15 @@ class Table:
         return value - np.where(known, value, 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
 
 
-def make_table(files, guards, teachers=None, ids=None):
+def make_table(files, guards, teachers=None, ids=None, languages=()):
     """
     [RowsOnDisk] of completion rows with "reward" (null: none) and perhaps "judge_reward" -> (Table, counts). What fails one
-    of `guards` may not be routed. counts: {(teacher, language): Counter of "n", "failed", "dropped" and each guard}. Prompts
-    stand in the order of `ids`, teachers in that of `teachers`; without, as they come.
+    of `guards` may not be routed. counts: {(teacher, language): Counter of
+    "n", "failed", "dropped" and each guard}. Prompts stand in the order of `ids`, in these `languages`, teachers in that of
+    `teachers`; without, as they come.
     """
     number, teacher_of = ({name: i for i, name in enumerate(names or ())} for names in (ids, teachers))
-    prompts, languages, counts = {}, {}, {}
+    prompts, languages, counts = {}, dict(enumerate(languages)), {}
     columns = {name: array(kind) for name, kind in zip(
         ("p", "t", "may", "scores", "judged", "tokens", "file", "row"), "iibddihi")}
     for f, rows in enumerate(files):
@@ -105,6 +107,10 @@ def make_table(files, guards, teachers=None, ids=None):
             check_row(row, "completions", where)
             if "reward" not in row or "teacher" not in row:
                 die(f"{where} has no reward or no teacher; score the file with reward.py first")
+            numbers = [row["reward"], row.get("judge_reward"), row.get("tokens")]
+            if not isinstance(row["teacher"], str) or any(x is not None and not (
+                    type(x) in (int, float) and math.isfinite(x)) for x in numbers):
+                die(f"{where}: a teacher is a name; reward, judge_reward and tokens are numbers or null")
             p, t = number.setdefault(row["id"], len(number)), teacher_of.setdefault(row["teacher"], len(teacher_of))
             digest = hashlib.sha256(repr((row["language"], row["prompt"])).encode("utf-8")).digest()[:16]
             if prompts.setdefault(p, digest) != digest:
@@ -184,7 +190,11 @@ class Learned:
     @staticmethod
     def load(path, teachers):
         """For a pool of the same teachers, in whatever order."""
-        with safe_open(path, "pt") as f:
+        try:
+            f = safe_open(path, "pt")
+        except (OSError, SafetensorError) as e:
+            die(f"{path} cannot be read as the file of a learned router ({e})")
+        with f:
             names = {key: json.loads(value) for key, value in (f.metadata() or {}).items()}
             if sorted(names.get("teachers", [])) != sorted(teachers) or names["languages"] != list(LANGUAGES):
                 die(f"{path} was fitted for the teachers {', '.join(names.get('teachers', ['?']))}, not for {', '.join(teachers)}")

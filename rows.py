@@ -178,5 +178,5 @@ class RowWriter:
                 f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
                 f.flush()
                 os.fsync(f.fileno())
-        common.barrier()  # no rank reads what is not there yet
+        common.barrier()  # the other ranks are about to read them
         self.rows += len(rows)

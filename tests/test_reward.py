@@ -23,8 +23,9 @@ from common import atomic_dir
 from chat import Chat
 from data import encode_row, pad_batch
 from model import load
-from reward import (Config, RewardModel, audit, best_against_worst, load_reward_model, main, new_reward_model, score,
-                    write_reward_model)
+from languages import code_of
+from reward import (Config, RewardModel, audit, best_against_worst, load_reward_model, main, new_reward_model, read_audit, score,
+                    wilson, write_reward_model)
 from train_rm import bradley_terry_loss
 
 cpu = tiny.cpu
@@ -219,23 +220,62 @@ def row(language, chosen, rejected):
 
 
 def test_audit_by_hand():
-    rows = [row("fr", 2, 1), row("ar", 1, 4), row("fr", 4, 3), row("fr", 3, 5), row("fr", 6, 6)]
+    rows = [row("fr", 2, 1), row("ar", 1, 4), row("fr", 3, 4), row("fr", 3, 5), row("fr", 6, 6)]
     table = audit(rows, chosen=[2.0, 1.0, 4.0, 3.0, 0.0], rejected=[1.0, 4.0, 3.0, 5.0, 0.0])
     assert list(table) == ["all", "fr", "ar"] and {l: t["n"] for l, t in table.items()} == {"all": 5, "fr": 4, "ar": 1}
     # fr: right, right, wrong, tie. Rewards 2 4 3 0 1 3 5 0, mean 18/8; squares 64/8 - 2.25^2 = 2.9375
     fr = table["fr"]
     assert fr["accuracy"] == 2.5 / 4 and fr["mean"] == 2.25 and fr["spread"] == pytest.approx(math.sqrt(2.9375))
-    # lengths 2 4 3 6 1 3 5 6: sum 30, squares 136, products with rewards 4+16+9+0+1+9+25+0 = 64
-    r = (64 - 18 * 30 / 8) / math.sqrt((64 - 18**2 / 8) * (136 - 30**2 / 8))
-    assert fr["length_correlation"] == pytest.approx(r)
-    assert table["ar"]["accuracy"] == 0 and table["ar"]["length_correlation"] == pytest.approx(1)  # two points, a line
+    # within the pairs, through the origin: gaps of rewards 1 1 -2 0, of lengths 1 -1 -2 0; products 1 - 1 + 4, squares 6 and 6
+    assert fr["length_correlation"] == pytest.approx(4 / 6)
+    assert table["ar"]["accuracy"] == 0 and table["ar"]["length_correlation"] == pytest.approx(1)  # one pair, a line
+    turned = audit([r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows], [1.0, 4.0, 3.0, 5.0, 0.0], [2.0, 1.0, 4.0, 3.0, 0.0])
+    assert turned["fr"]["length_correlation"] == pytest.approx(4 / 6)  # which side is called chosen does not matter
+    assert (fr["low"], fr["high"]) == wilson(2.5 / 4, 4) and not fr["trusted"]
     assert table["all"]["accuracy"] == 2.5 / 5 and table["all"]["mean"] == pytest.approx(23 / 10)
 
 
 def test_audit_without_spread():
     table = audit([row("en", 3, 3), row("en", 3, 3)], [1.0, 1.0], [1.0, 1.0])
-    assert table["en"] == {"accuracy": 0.5, "mean": 1.0, "spread": 0.0, "length_correlation": 0.0, "n": 2}
+    low, high = wilson(0.5, 2)
+    assert table["en"] == {"accuracy": 0.5, "low": low, "high": high, "trusted": False, "mean": 1.0, "spread": 0.0,
+                           "length_correlation": 0.0, "n": 2}
     assert table["all"] == table["en"]
+
+
+def test_intervals():
+    """
+    z^2 = 3.8416. All of n right: low = 1 / (1 + z^2 / n), high = 1; half of n: 1/2 -+ z / (2 sqrt(n + z^2)). Four pairs that
+    are all right are better than chance, three are not.
+    """
+    assert wilson(1.0, 4) == pytest.approx((1 / (1 + 3.8416 / 4), 1.0)) and wilson(0.0, 4)[0] == pytest.approx(0.0)
+    assert wilson(0.5, 10) == pytest.approx((0.5 - 1.96 / (2 * 13.8416**0.5), 0.5 + 1.96 / (2 * 13.8416**0.5)))
+    trusted = [audit([row("en", 1, 2)] * n, [1.0] * n, [0.0] * n)["en"]["trusted"] for n in (3, 4)]
+    assert trusted == [False, True]
+
+
+def test_agreement_with_a_judge():
+    rows = [row("en", 1, 2)] * 3 + [row("fr", 1, 2)]
+    table = audit(rows, [1.0, 0.0, 1.0, 5.0], [0.0, 1.0, 1.0, 0.0], ([9.0, 9.0, 0.0, 1.0], [0.0, 0.0, 0.0, 2.0]))
+    assert {l: t["agreement"] for l, t in table.items()} == {"all": 2 / 4, "en": pytest.approx(2 / 3), "fr": 0.0}  # a tie agrees with a tie
+
+
+@pytest.mark.parametrize("name, code", [
+    ("de", "de"), ("deu_Latn", "de"), ("ger", "de"), ("arb_Arab", "ar"), ("zho_Hans", "zh"), ("zho_Hant", "zh-Hant"), ("zh-TW", "zh-Hant"),
+    ("zh_HK", "zh-Hant"), ("zh-Hant", "zh-Hant"), ("cmn", "zh"), ("pt-BR", "pt"), ("EN", "en"), ("Greek", "el"), ("pes_Arab", "fa"),
+    ("Chinese (traditional)", "zh-Hant"), ("swh_Latn", None), ("", None), (None, None), (["de"], None)])
+def test_other_peoples_codes_of_languages(name, code):
+    assert code_of(name) == code
+
+
+def test_reading_an_audit(tmp_path):
+    path = tiny.write(tmp_path / "a.jsonl", [row("arb_Arab", 1, 2), row("zho_Hant", 2, 1)])
+    other = tiny.write(tmp_path / "b.jsonl", [row("fr", 1, 2)])
+    assert [r["language"] for r in read_audit([path, other])] == ["ar", "zh-Hant", "fr"]
+    for bad, words in ((row("swh_Latn", 1, 2), "unknown language 'swh_Latn'"), (row("de", 0, 2), "'chosen' is empty"), ([1], "a row is one JSON object")):
+        with pytest.raises(SystemExit) as e:
+            read_audit([tiny.write(tmp_path / "c.jsonl", [row("fr", 1, 2), bad])])
+        assert f"c.jsonl:2: {words}" in str(e.value)
 
 
 # --- folders and the command line ---
