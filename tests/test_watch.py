@@ -193,9 +193,10 @@ def test_flagged_samples_are_in_no_pair(tmp_path, monkeypatch):
 
 def test_eligible():
     """It asks for what is written in the row, and looks itself where nothing is."""
-    bare = {"id": "q", "language": "en", "prompt": "How are you?", "completion": "", "ended": False}
+    bare = {"id": "q", "language": "en", "prompt": "How are you?", "completion": "", "ended": False, "reward": 0.0}
     assert not reward.eligible(bare) and reward.eligible(bare, ["language"]) and not reward.eligible(bare, ["empty"])
     assert reward.eligible(bare | {"flags": []}) and not reward.eligible(bare | {"flags": ["copied"]})
+    assert not reward.eligible(bare | {"flags": [], "reward": None})
 
 
 # --- runs ---
