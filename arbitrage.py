@@ -172,7 +172,7 @@ def given_teachers(cfg, names):
         if language not in LANGUAGES or name not in names:
             die(f"--fixed {pair}: give language=teacher, one of {', '.join(names)}")
         given[language] = names.index(name)
-    if len(cfg.contrast) not in (0, 2) or (lost := [name for name in cfg.contrast if name not in names]):
+    if len(cfg.contrast) not in (0, 2) or not set(cfg.contrast) <= set(names):
         die(f"--contrast {' '.join(cfg.contrast)}: give two teachers, the strong one first, of {', '.join(names)}")
     return given
 
