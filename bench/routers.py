@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # instead of bench/, whose mini.py would hide the folder mini/
 from common import atomic_file, git_commit, hardware, parse_config  # noqa: E402
 from guards import GUARDS  # noqa: E402
 from languages import CLUSTERS  # noqa: E402
