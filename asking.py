@@ -141,7 +141,7 @@ def answers(endpoint, asks, journal, threads=16, timeout=600.0, retries=6):
                 # once something has succeeded, a refusal of one prompt says nothing about the others
                 in_a_row += result.everyone or result.again or not succeeded
                 gone = result.everyone and (not succeeded or (result.again and len(found) == len(set(names))))
-                if in_a_row >= GIVE_UP or gone:  # gone: no server there for the last ask either, so the others are for later
+                if in_a_row >= GIVE_UP or gone:  # gone: no server for the last ask, so there was none for others
                     raise Gone(f"error: {endpoint.url}: {result}" + f" (and {in_a_row - 1} before it failed)" * (in_a_row > 1)
                                + (f"; {kept()} answers are kept in {journal.path}" if kept() else ""))
             else:
