@@ -191,11 +191,13 @@ def test_a_full_disk(limit, setting, capfd):
 
 
 @pytest.mark.parametrize("group, cut, kept", [(1, 0, 6), (1, 1, 5), (2, 1, 4), (3, 0, 6), (3, 40, 3), (3, 10**6, 0)])
-def test_rows_that_a_kill_cut_off_go(group, cut, kept, tmp_path):
-    """Rows of 12 bytes; the last group that is not whole goes, and what is added then stands behind the others."""
-    path = tmp_path / "rows.jsonl"
+def test_rows_that_a_kill_cut_off_go(group, cut, kept, tmp_path, monkeypatch):
+    """Some 20 bytes a row; the last group that is not whole goes, and what is added then stands behind the others."""
+    path, synced, fsync = tmp_path / "rows.jsonl", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or fsync(fd))
     writer = RowWriter(path, group)
     writer.add([{"a": "é", "n": n} for n in range(6)])
+    assert synced == [path.stat().st_size]  # it is on the disk, not on its way
     path.write_bytes(path.read_bytes()[:max(0, path.stat().st_size - cut)])
     writer = RowWriter(path, group)
     assert writer.rows == kept
