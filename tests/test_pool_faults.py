@@ -239,6 +239,19 @@ def test_settings_that_change_what_was_answered(stopped, made):
     assert len(server.seen) == 20 and len(set(server.count)) == 20
 
 
+def test_a_kill_while_an_unfinished_run_is_thrown_away(stopped):
+    """One file goes at a time; while there are answers, run.json says whose they are."""
+    here, server, flags = stopped
+    folder, flags = here / "out.unfinished", flags | {"seed": 1}
+    for left in range(len(list(folder.iterdir())) - 1, 1, -1):
+        fault = partial(before_file_operation, 2, kill, names=("unlink",))
+        assert forked(arbitrage.Config(**flags | {"resume": "never"}), fault) == -9
+        assert len(list(folder.iterdir())) == left and (folder / "run.json").exists()
+        if list(folder.glob("*.jsonl")):
+            refusal("another seed:", **flags)
+    assert len(server.seen) == 10
+
+
 def test_what_may_change(stopped):
     """Flags of routing and sending; a teacher that is added, taken out, or mended before it said anything."""
     here, server, flags = stopped
