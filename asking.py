@@ -12,6 +12,7 @@ that it has. What is asked does not depend on the number of threads: an ask hold
 import contextlib
 import hashlib
 import json
+import math
 import os
 import queue
 import random
@@ -141,7 +142,7 @@ def answers(endpoint, asks, journal, threads=16, timeout=600.0, retries=6):
                 # once something has succeeded, a refusal of one prompt says nothing about the others
                 in_a_row += result.everyone or result.again or not succeeded
                 gone = result.everyone and (not succeeded or (result.again and len(found) == len(set(names))))
-                if in_a_row >= GIVE_UP or gone:  # gone: no server there for the last ask either, so the others are for later
+                if in_a_row >= GIVE_UP or gone:  # gone: no server for the last ask, so there was none for others
                     raise Gone(f"error: {endpoint.url}: {result}" + f" (and {in_a_row - 1} before it failed)" * (in_a_row > 1)
                                + (f"; {kept()} answers are kept in {journal.path}" if kept() else ""))
             else:
@@ -172,7 +173,8 @@ def draw_seed(*parts):
 
 def check_sampling(temperature, top_p, min_p, samples, max_new_tokens, batch_size=1):
     """Ends with one line if a setting makes no sense."""
-    if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or min(samples, max_new_tokens, batch_size) < 1:
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= min_p < 1
+            and min(samples, max_new_tokens, batch_size) >= 1):  # not a number is refused as well
         die("sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, samples >= 1, max_new_tokens >= 1 and "
             f"batch_size >= 1; got {temperature}, {top_p}, {min_p}, {samples}, {max_new_tokens} and {batch_size}")
 

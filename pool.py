@@ -40,6 +40,8 @@ def read_prompts(path, languages):
     rows, kept, seen, ids, twins, n = RowsOnDisk(path), [], {}, {}, [], -1
     for n, (row, where) in enumerate(rows.scan()):
         check_row(row, "prompts", where)
+        if not isinstance(row.get("english", ""), str):
+            die(f"{where}: 'english', the prompt in English, must be a string")
         if languages and row["language"] not in languages:
             continue
         if row["id"] in ids:
@@ -106,7 +108,7 @@ class Work:
         common.barrier()
 
     def begin(self, path, resume, settings):
-        files = sorted(self.folder.iterdir(), key=lambda file: file == path)  # run.json goes last: it says what the others are
+        files = sorted(self.folder.iterdir(), key=lambda file: file == path)  # run.json, which is about the others, last
         for file in files if resume == "never" else ():
             file.unlink()
         if path.exists() and any(self.folder.glob("*.jsonl")):  # it has answers
@@ -173,8 +175,9 @@ def score_file(path, models, cfg):
 
 def kept_picks(work, ids, picks, names):
     """
-    picks (n,): number in `names` of who answers each prompt (ids) of the second round, -1: nobody could; what an earlier run of the same command
-    picked stays. A teacher that was given up then and answers now would change them, and so what the round's files hold.
+    picks (n,): number in `names` of who answers each prompt (ids) of the second round, -1: nobody could; what an earlier
+    run of the same command picked stays. A teacher that was given up then and answers now would change the picks, and so
+    what the round's files hold.
     """
     def kept():
         path = work.folder / "picks.json"
@@ -208,7 +211,8 @@ def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
                 stopped[teacher.name] = why
             paths += [path] if path.exists() and path.stat().st_size else []
         if not paths:
-            die("there is nothing to route, every teacher was given up: " + "; ".join(f"{t} ({w})" for t, w in stopped.items()))
+            reasons = "; ".join(f"{name} ({why})" for name, why in stopped.items())
+            die(f"there is nothing to route, every teacher was given up: {reasons}")
         models = arbiters()
         files.extend(score_file(path, models, cfg) for path in paths)
 

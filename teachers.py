@@ -86,7 +86,7 @@ def read_pool(cfg):
             good = isinstance(value, lists) and all(isinstance(v, str) for v in value) if kind is tuple else (
                 isinstance(value, (int, float) if kind is float else kind if kind in (int, str) else str)
                 and not isinstance(value, bool))
-            if not good:
+            if not good or (kind is not tuple and value == "" and key in ("name", "model")):
                 die(f"{where}: {key!r} cannot be {value!r}")
         if unknown := [code for code in row.get("languages", ()) if code not in LANGUAGES]:
             die(f"{where}: unknown language {unknown[0]!r}; known: {' '.join(LANGUAGES)}")

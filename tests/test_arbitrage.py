@@ -1,5 +1,5 @@
 """
-Arbitrage: the script from its flags to its files. What asks and scores is in test_pool.py, what routes in test_routers.py.
+Arbitrage: the script from its flags to its files. Asking and scoring: test_pool.py; routing: test_routers.py.
 
     python -m pytest tests/test_arbitrage.py
 """
@@ -25,7 +25,7 @@ from model import load
 from pool import read_prompts, sample_of
 from reward import load_reward_model, new_reward_model, score, write_reward_model
 from routers import ROUTERS
-from test_endpoint import read, refusal as one_line, serving, waits, whole  # noqa: F401  a fixture: nobody waits for a retry
+from test_endpoint import read, refusal as one_line, serving, waits, whole  # noqa: F401  waits: a fixture
 from test_routers import TEACHERS, completion, completions
 
 cpu = tiny.cpu
@@ -37,7 +37,8 @@ def route(tmp_path, rows, **settings):
     path = tiny.write(tmp_path / "completions.jsonl", rows)
     main(Config(**{"completions": [path], "out": str(tmp_path / "out")} | settings))
     out = tmp_path / "out"
-    return tiny.read(out / "sft.jsonl"), tiny.read(out / "pairs.jsonl"), json.loads((out / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return tiny.read(out / "sft.jsonl"), tiny.read(out / "pairs.jsonl"), report
 
 
 def refusal(*words, **settings):
@@ -46,7 +47,7 @@ def refusal(*words, **settings):
 
 # --- routing completions that are there ---
 
-# on a, c, d, f and g (half of each language, rounded up): en south 1; fr north 1; ja west, who is the only one that is never refused
+# on a, c, d, f and g (half of each language, rounded up): en south 1; fr north 1; ja west, who alone is never refused
 EXPECTED = {"reward": {"a": "south", "b": "north", "c": "north", "d": "north", "e": "south", "f": "west", "g": "west"},
             "fixed": {"a": "south", "b": "south", "c": "north", "d": "north", "e": "north", "f": "west", "g": "west"},
             "single": {i: "west" for i in "abcdefg"}}
@@ -56,23 +57,29 @@ EXPECTED = {"reward": {"a": "south", "b": "north", "c": "north", "d": "north", "
 def test_routing_a_file_of_completions(router, tmp_path, capsys):
     sft, pairs, report = route(tmp_path, completions(), router=router, seed=3)
     assert tiny.read(tmp_path / "out" / "completions.jsonl") == sorted(completions(), key=lambda r: r["id"])
-    assert [(p["id"], p["chosen_teacher"], p["rejected_teacher"], p["chosen_reward"], p["rejected_reward"]) for p in pairs] == [
+    assert [(p["id"], p["chosen_teacher"], p["rejected_teacher"], p["chosen_reward"], p["rejected_reward"])
+        for p in pairs] == [
         ("a", "south", "north", 3.0, 1.0), ("b", "north", "west", 5.0, 0.0), ("c", "north", "south", -1.0, -3.0),
         ("e", "south", "north", 9.0, -9.0), ("f", "west", "south", 1.5, 1.0), ("g", "west", "north", 0.5, 0.0)]
     assert pairs[0] == {"id": "a", "language": "en", "prompt": "prompt a", "chosen": "south a", "rejected": "north a",
-                        "chosen_reward": 3.0, "rejected_reward": 1.0, "chosen_teacher": "south", "rejected_teacher": "north"}
+                        "chosen_reward": 3.0, "rejected_reward": 1.0, "chosen_teacher": "south",
+                        "rejected_teacher": "north"}
     usable = {(r["id"], r["teacher"]): r for r in completions() if not r["flags"]}
     found, expected = {r["id"]: r["teacher"] for r in sft}, EXPECTED.get(router)
     if router == "random":
         drawn = {i: random.Random(f"3 {i}").choice(TEACHERS) for i in "abcdefgh"}
         expected = {i: t for i, t in drawn.items() if (i, t) in usable}
     assert found == (found if router == "learned" else expected) and len(found) > 4
-    assert all(r == {k: usable[r["id"], r["teacher"]][k] for k in ("id", "language", "prompt", "completion", "teacher", "reward")}
+    assert all(r == {k: usable[r["id"], r["teacher"]][k] for k in ("id", "language", "prompt", "completion",
+        "teacher", "reward")}
                for r in sft)
-    assert (report["router"], report["prompts"], report["routed"], report["pairs"], report["unusable"]) == (router, 8, len(sft), 6, 5)
+    assert (report["router"], report["prompts"], report["routed"], report["pairs"], report["unusable"]) == (router, 8,
+        len(sft), 6, 5)
     assert report["languages"]["ja"] == {"prompts": 3, "routed": sum(i in found for i in "fgh"), "pairs": 2}
-    assert (report["compared"]["prompts"], report["compared"]["fitted_on"], report["compared"]["baseline"]) == (3, 5, "west")
-    assert report["routers"]["reward"]["reward"] == 7.0 and report["routers"]["single"]["reward"] == 0.5  # b, e, and h for nobody
+    assert (report["compared"]["prompts"], report["compared"]["fitted_on"], report["compared"]["baseline"]) == (3, 5,
+        "west")
+    assert report["routers"]["reward"]["reward"] == 7.0
+    assert report["routers"]["single"]["reward"] == 0.5  # b, e, and h for nobody
     out = capsys.readouterr().out
     assert f"router {router}: {len(sft)} of 8 prompts routed, 6 pairs, 5 of 24 completions refused" in out
     assert "reward                       reward   7.000" in out
@@ -86,7 +93,8 @@ def test_routing_a_file_of_completions(router, tmp_path, capsys):
 
 def test_given_teachers(tmp_path):
     sft, *_ = route(tmp_path, completions(), router="fixed", fixed=["en=west", "ja=north"])
-    assert [(r["id"], r["teacher"]) for r in sft] == [("a", "west"), ("b", "west"), ("c", "north"), ("d", "north"), ("e", "north"),
+    assert [(r["id"], r["teacher"]) for r in sft] == [("a", "west"), ("b", "west"), ("c", "north"), ("d", "north"),
+        ("e", "north"),
                                                       ("g", "north")]
     alone = [r for r in completions() if r["teacher"] == "west"]  # no prompt that several answered, none is needed
     sft, *_ = route(tmp_path / "2", alone, router="fixed", fixed=["en=west", "fr=west", "ja=west"])
@@ -116,7 +124,7 @@ def test_pairs(tmp_path):
 
 
 def test_contrast(tmp_path):
-    """The first teacher's best answer against the second's worst, if the Arbiter agrees; who else is there does not matter."""
+    """The first teacher's best answer against the second's worst, if the Arbiter agrees; others do not matter."""
     rows = completions() + [completion("b", "en", "west", 0.5, 1), completion("b", "en", "north", -7.0, 1)]
     _, pairs, report = route(tmp_path, rows, contrast=["north", "west"])
     assert [(p["id"], p["chosen_reward"], p["rejected_reward"]) for p in pairs] == [("b", 5.0, 0.0), ("c", -1.0, -2.0)]
@@ -142,8 +150,10 @@ def test_prompts_that_say_the_same_are_left_out(tmp_path, capsys):
              {"id": "ß", "language": "de", "prompt": "Strase und Größe"}]
     path = tiny.write(tmp_path / "p.jsonl", rows)
     found, numbers, left_out = read_prompts(path, [])
-    assert [found[n]["id"] for n in numbers] == [f"{language}0" for language, *_ in SAME] + ["nl", "chat", "ß"] and left_out == 9
-    assert f"9 prompts say what an earlier one says and are left out, the first at {path}:9 (row 1)" in capsys.readouterr().out
+    assert [found[n]["id"] for n in numbers] == [f"{language}0" for language, *_ in SAME] + ["nl", "chat",
+        "ß"] and left_out == 9
+    said = capsys.readouterr().out
+    assert f"9 prompts say what an earlier one says and are left out, the first at {path}:9 (row 1)" in said
     assert [found[n]["id"] for n in read_prompts(path, ["ko", "nl"])[1]] == ["ko0", "nl"]
 
 
@@ -153,7 +163,8 @@ def test_prompts_that_are_refused(tmp_path):
     one_line(lambda: read_prompts(path, []), f"{path}:3: the id 'a' is that of row 1 as well")
     one_line(lambda: read_prompts(path, ["fr"]), "holds no prompt in fr")
     one_line(lambda: read_prompts(tiny.write(tmp_path / "p.jsonl", []), []), "holds no rows")
-    one_line(lambda: read_prompts(tiny.write(tmp_path / "p.jsonl", [{"id": "a", "language": "en"}]), []), "p.jsonl:1", "'prompt'")
+    one_line(lambda: read_prompts(tiny.write(tmp_path / "p.jsonl", [{"id": "a", "language": "en"}]), []), "p.jsonl:1",
+        "'prompt'")
 
 
 def test_the_sample_is_at_most_half_of_a_language():
@@ -178,46 +189,58 @@ def made(tmp_path_factory):
 
 
 def asking(made, out, **settings):
-    return {"prompts": str(made / "prompts.jsonl"), "teachers": [str(made / "north"), str(made / "south")], "out": str(out),
+    return {"prompts": str(made / "prompts.jsonl"), "teachers": [str(made / "north"), str(made / "south")],
+        "out": str(out),
             "reward_model": str(made / "rm-north"), "max_new_tokens": 40, "samples": 4, "temperature": 2.0, "seed": 5,
             "guards": ["truncated", "empty"]} | settings
 
 
 def words_of(settings):
-    return [word for name, value in settings.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    return [word for name, value in settings.items() for word in (f"--{name}",
+        *(value if isinstance(value, list) else [value]))]
 
 
-REPORT = {"router", "pairs_from", "prompts", "routed", "pairs", "languages", "teachers", "arbiter", "judge", "guards", "rewards",
-          "unusable", "share", "routers", "compared", "duplicates", "audit", "forced", "seed", "seconds", "commit", "hardware"}
+REPORT = {"router", "pairs_from", "prompts", "routed", "pairs", "languages", "teachers", "arbiter", "judge", "guards",
+    "rewards",
+          "unusable", "share", "routers", "compared", "duplicates", "audit", "forced", "seed", "seconds", "commit",
+          "hardware"}
 
 
 def test_asking_teachers(made, tmp_path):
-    """The whole script, and its completions and rewards made anew; on two ranks; then routing its own completions again."""
+    """The whole script, and its completions and rewards made anew; on two ranks; then its own completions routed."""
     one, two = (asking(made, tmp_path / name, judge=str(made / "rm-south")) for name in ("out", "two"))
     with serving() as server:
-        picked = [asking(made, tmp_path / name, router="learned", teachers=[str(made / "north"), server.url]) for name in ("picked", "picked-two")]
-        tiny.jobs(tmp_path / "jobs.json", {1: [["", "arbitrage.py", *words_of(one)], ["", "arbitrage.py", *words_of(picked[0])]],
-                                           2: [["", "arbitrage.py", *words_of(two)], ["", "arbitrage.py", *words_of(picked[1])]]})
+        picked = [asking(made, tmp_path / name, router="learned", teachers=[str(made / "north"), server.url])
+            for name in ("picked", "picked-two")]
+        tiny.jobs(tmp_path / "jobs.json", {1: [["", "arbitrage.py", *words_of(one)],
+            ["", "arbitrage.py", *words_of(picked[0])]],
+                                           2: [["", "arbitrage.py", *words_of(two)],
+                                           ["", "arbitrage.py", *words_of(picked[1])]]})
         assert set(server.count.values()) == {2}  # rank 0 asks
     rows, prompts = tiny.read(tmp_path / "out" / "completions.jsonl"), tiny.read(made / "prompts.jsonl")
     expected = [r for name in ("north", "south") for r in complete(
         load(made / name), Chat(made / name), prompts, 40, 2.0, samples=4, seed=5, teacher=name)]
     said = lambda row: {k: v for k, v in row.items() if k not in ("flags", "reward", "judge_reward")}
-    assert [said(r) for r in rows] == sorted(expected, key=lambda r: r["id"])  # prompt by prompt, then teacher by teacher
+    assert [said(r) for r in rows] == sorted(expected,
+        key=lambda r: r["id"])  # prompt by prompt, then teacher by teacher
     for key, model in (("reward", "rm-north"), ("judge_reward", "rm-south")):
-        rewards = score(load_reward_model(made / model), Chat(made / model), [(r["prompt"], r["completion"]) for r in rows])
-        assert [r[key] for r in rows] == pytest.approx([x if r["completion"].strip() else None for r, x in zip(rows, rewards)], abs=1e-3)
+        rewards = score(load_reward_model(made / model), Chat(made / model),
+            [(r["prompt"], r["completion"]) for r in rows])
+        assert [r[key] for r in rows] == pytest.approx([x if r["completion"].strip() else None for r,
+            x in zip(rows, rewards)], abs=1e-3)
     sft = tiny.read(tmp_path / "out" / "sft.jsonl")
     assert sft and any(not r["ended"] for r in rows), "the test needs a completion that was cut off"
     for s in sft:
-        usable = {r["completion"]: r["reward"] for r in rows if r["id"] == s["id"] and r["ended"] and r["completion"].strip()}
+        usable = {r["completion"]: r["reward"] for r in rows if r["id"] == s["id"] and r["ended"]
+            and r["completion"].strip()}
         assert s["reward"] == max(usable.values()) == usable[s["completion"]]
 
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report.keys() == REPORT and report["teachers"].keys() == {"north", "south"}
     assert report["teachers"]["south"] == {"completions": 20, "failed": 0, "tokens": sum(
         r["tokens"] for r in rows if r["teacher"] == "south"), "model": str(made / "south"), "stopped": ""}
-    assert report["compared"]["judged_by"] == str(made / "rm-south") and report["audit"] is None and report["forced"] == []
+    assert report["compared"]["judged_by"] == str(made / "rm-south") and report["audit"] is None
+    assert report["forced"] == []
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "completions.jsonl", "pairs.jsonl", "report.html", "report.json", "run.json", "sft.jsonl"]
     assert not list(tmp_path.glob("*.unfinished")) and not list(tmp_path.glob(".*"))
@@ -226,11 +249,15 @@ def test_asking_teachers(made, tmp_path):
         for name in ("completions", "sft", "pairs"):
             here, there = (read(tmp_path / folder / f"{name}.jsonl") for folder in (a, b))
             assert len(here) == len(there) > 0
-            assert all(y == {k: pytest.approx(v, abs=1e-4) if "reward" in k else v for k, v in x.items()} for x, y in zip(here, there))
-    asked = {i: {r["teacher"] for r in read(tmp_path / "picked" / "completions.jsonl") if r["id"] == i} for i in "q0 q1 q2 q3 q4".split()}
-    assert [len(teachers) for teachers in asked.values()] == [2, 2, 2, 1, 1]  # half of each language, rounded up, is the sample
+            assert all(y == {k: pytest.approx(v, abs=1e-4) if "reward" in k else v for k, v in x.items()} for x,
+                y in zip(here, there))
+    asked = {i: {r["teacher"] for r in read(tmp_path / "picked" / "completions.jsonl") if r["id"] == i}
+        for i in "q0 q1 q2 q3 q4".split()}
+    assert [len(teachers) for teachers in asked.values()] == [2, 2, 2, 1,
+        1]  # half of each language, rounded up, is the sample
 
-    again = Config(completions=[str(tmp_path / "out" / "completions.jsonl")], guards=["truncated", "empty"], out=str(tmp_path / "again"))
+    again = Config(completions=[str(tmp_path / "out" / "completions.jsonl")], guards=["truncated", "empty"],
+        out=str(tmp_path / "again"))
     main(again)
     for name in ("sft.jsonl", "pairs.jsonl", "completions.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -254,7 +281,8 @@ def test_a_finished_run_is_not_paid_for_again(made, tmp_path, monkeypatch, capsy
         main(Config(**settings))
         before, asked = (tmp_path / "out" / "report.json").read_bytes(), len(server.seen)
         main(Config(**settings))
-        assert f"{tmp_path / 'out'} is finished: --completions {tmp_path / 'out'}/completions.jsonl" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"{tmp_path / 'out'} is finished: --completions {tmp_path / 'out'}/completions.jsonl" in said
         for flag in ({"margin": 1.0}, {"rejected_guards": []}, {"guards": ["empty"]}):
             refusal("holds these answers already, written with other flags", **settings | flag)
         assert (tmp_path / "out" / "report.json").read_bytes() == before and len(server.seen) == asked == 5
@@ -268,7 +296,8 @@ def test_one_prompt_a_language(made, tmp_path, monkeypatch):
     """All of them are the sample: whoever is best is picked, not whoever is first."""
     cheap(monkeypatch)
     prompts = tiny.write(tmp_path / "p.jsonl", [{"id": "a", "language": "en", "prompt": "x"}])
-    teachers = [tiny.write(tmp_path / f"{t}.jsonl", [{"id": "a", "language": "en", "prompt": "x", "completion": f"{t} {p}"}])
+    teachers = [tiny.write(tmp_path / f"{t}.jsonl", [{"id": "a", "language": "en", "prompt": "x",
+        "completion": f"{t} {p}"}])
                 for t, p in (("bad", "+"), ("good", "++"))]
     for router in ROUTERS:
         main(Config(**asking(made, tmp_path / router, prompts=prompts, teachers=teachers, router=router, samples=1)))
@@ -280,8 +309,10 @@ def test_one_prompt_a_language(made, tmp_path, monkeypatch):
 
 def test_the_audit_comes_before_the_asks(made, tmp_path, monkeypatch, capsys):
     cheap(monkeypatch)
-    prompts = tiny.write(tmp_path / "p.jsonl", [{"id": c, "language": c, "prompt": "x"} for c in ("de", "ar", "zh-Hant", "zh", "fr")])
-    pair = lambda code, good: {"language": code, "prompt": "p", "chosen": "+ a" if good else "b", "rejected": "b" if good else "+ a"}
+    prompts = tiny.write(tmp_path / "p.jsonl", [{"id": c, "language": c, "prompt": "x"}
+        for c in ("de", "ar", "zh-Hant", "zh", "fr")])
+    pair = lambda code, good: {"language": code, "prompt": "p", "chosen": "+ a" if good else "b",
+        "rejected": "b" if good else "+ a"}
     audit = tiny.write(tmp_path / "audit.jsonl", [pair(code, n < good) for code, good in (
         ("deu_Latn", 6), ("arb_Arab", 4), ("zho_Hant", 3), ("zho_Hans", 6), ("kor_Hang", 0)) for n in range(6)])
     with serving(lambda handler, payload, times: handler.send(200, whole(payload, "+"))) as server:
@@ -296,9 +327,11 @@ def test_the_audit_comes_before_the_asks(made, tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "forced" / "report.json").read_text(encoding="utf-8"))
     assert report["forced"] == ["ar", "zh-Hant"] and report["routed"] == 5
     assert {k: (t["accuracy"], t["trusted"]) for k, t in report["audit"].items()} == {
-        "all": (19 / 30, False), "de": (1.0, True), "ar": (4 / 6, False), "zh-Hant": (0.5, False), "zh": (1.0, True), "ko": (0.0, False)}
+        "all": (19 / 30, False), "de": (1.0, True), "ar": (4 / 6, False), "zh-Hant": (0.5, False), "zh": (1.0, True),
+        "ko": (0.0, False)}
     out = capsys.readouterr().out
-    assert "no audit rows in fr: nothing says whether the Arbiter can be trusted there" in out and "no better than chance" in out
+    assert "no audit rows in fr: nothing says whether the Arbiter can be trusted there" in out
+    assert "no better than chance" in out
     rows = tmp_path / "forced" / "completions.jsonl"
     refusal("no better than chance in ar zh-Hant", completions=[str(rows)], audit=[audit], out=str(tmp_path / "x"),
             reward_model=str(made / "rm-north"))
@@ -309,13 +342,17 @@ def test_the_audit_comes_before_the_asks(made, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change, words", [
     ({"router": "best"}, "--router best: known are reward, fixed, learned, random, single"),
     ({"guards": ["empty", "rude"]}, "a guard 'rude': known are truncated"), ({"rejected_guards": ["x"]}, "a guard 'x'"),
-    ({"scored": 0}, "--scored is at least 1, got 0"), ({"completions_at_once": 0}, "--completions_at_once is at least 1"),
+    ({"scored": 0}, "--scored is at least 1, got 0"), ({"completions_at_once": 0},
+    "--completions_at_once is at least 1"),
     ({"judge": "out/mini/rm", "reward_model": "out/mini/rm"}, "--judge is another reward model than --reward_model"),
     ({"fixed": ["en=north"]}, "--fixed and --learned are for the routers of these names, not for reward"),
     ({"learned": "x.safetensors", "router": "fixed"}, "--fixed and --learned are for the routers of these names"),
-    ({"fixed": ["english=north"], "router": "fixed"}, "--fixed english=north: give language=teacher, one of north, south, west"),
-    ({"fixed": ["en=east"], "router": "fixed"}, "--fixed en=east"), ({"fixed": ["en"], "router": "fixed"}, "--fixed en: give"),
-    ({"contrast": ["north"]}, "--contrast north: give two teachers"), ({"contrast": ["north", "x"]}, "--contrast north x"),
+    ({"fixed": ["english=north"], "router": "fixed"},
+    "--fixed english=north: give language=teacher, one of north, south, west"),
+    ({"fixed": ["en=east"], "router": "fixed"}, "--fixed en=east"), ({"fixed": ["en"], "router": "fixed"},
+    "--fixed en: give"),
+    ({"contrast": ["north"]}, "--contrast north: give two teachers"), ({"contrast": ["north", "x"]},
+    "--contrast north x"),
     ({"completions": ["none.jsonl"]}, "none.jsonl not found"), ({"audit": ["none.jsonl"]}, "none.jsonl not found"),
     ({"completions": [], "prompts": "none.jsonl"}, "none.jsonl not found"),
     ({"completions": [], "prompts": "", "teachers": ["none"]}, "checkpoint none not found"),
@@ -323,7 +360,8 @@ def test_the_audit_comes_before_the_asks(made, tmp_path, monkeypatch, capsys):
 def test_flags_that_are_refused(change, words, made, tmp_path):
     if change.get("prompts") == "":
         change = change | {"prompts": str(made / "prompts.jsonl")}
-    settings = {"completions": [tiny.write(tmp_path / "rows.jsonl", completions())], "reward_model": str(made / "rm-north"),
+    settings = {"completions": [tiny.write(tmp_path / "rows.jsonl", completions())],
+        "reward_model": str(made / "rm-north"),
                 "teachers": [str(made / "north")], "out": str(tmp_path / "out")}
     refusal(words, **settings | change)
     assert not list(tmp_path.glob("out*"))
@@ -331,14 +369,17 @@ def test_flags_that_are_refused(change, words, made, tmp_path):
 
 def test_nothing_to_route(made, tmp_path, monkeypatch):
     rows = [r for r in completions() if r["id"] == "h"]
-    refusal("there is nothing to route, the guards refuse every completion: north truncated 1; south language 1; west language 1, "
-            "truncated 1", completions=[tiny.write(tmp_path / "rows.jsonl", rows)], out=str(tmp_path / "out"))
+    refusal("there is nothing to route, the guards refuse every completion: north truncated 1; south language 1; "
+            "west language 1, truncated 1", completions=[tiny.write(tmp_path / "rows.jsonl", rows)], out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     cheap(monkeypatch)
     with serving() as server:  # what is no reward model is refused before it costs anything
-        refusal("is not a reward model", **asking(made, tmp_path / "out", teachers=[server.url], reward_model=str(made / "north")))
-        refusal("is not a reward model", **asking(made, tmp_path / "out", teachers=[server.url], judge=str(made / "north")))
-        refusal("--resume is auto or never, got 'maybe'", **asking(made, tmp_path / "out", teachers=[server.url], resume="maybe"))
+        refusal("is not a reward model", **asking(made, tmp_path / "out", teachers=[server.url],
+            reward_model=str(made / "north")))
+        refusal("is not a reward model", **asking(made, tmp_path / "out", teachers=[server.url],
+            judge=str(made / "north")))
+        refusal("--resume is auto or never, got 'maybe'", **asking(made, tmp_path / "out", teachers=[server.url],
+            resume="maybe"))
         refusal("no teacher of the pool answers in hi ko", **asking(made, tmp_path / "out", pool=tiny.write(
             tmp_path / "pool.jsonl", [{"model": server.url, "languages": ["en"]}])))
         assert not server.seen

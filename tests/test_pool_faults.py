@@ -72,14 +72,18 @@ def content(out):
 
 @pytest.fixture
 def setting(made, tmp_path, monkeypatch):
-    """(here, server, setting(router, out) -> Config): two parts in either round. What takes time and no files is left out."""
+    """(here, server, setting(router, out) -> Config): two parts in either round. What only takes time is left out."""
     monkeypatch.setattr(common, "git_commit", lambda: "abc")
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # it is counted all the same; a kill of a process does not need it
+    monkeypatch.setattr(os, "fsync",
+        lambda fd: None)  # it is counted all the same; a kill of a process does not need it
     monkeypatch.setattr(routers.Learned, "fit", lambda *_, **__: (0.0, 0.0))
     with serving(says(answer)) as server:
-        stored = [{"id": f"q{i}", "language": "de", "prompt": "x", "completion": "+" * (i % 2), "tokens": 1} for i in range(10)]
-        pool_rows = [{"name": "s", "model": server.url}, {"name": "file", "model": lines(tmp_path / "file.jsonl", *stored)}]
-        make = lambda router, out: config(made, tmp_path, *pool_rows, prompts=prompts(tmp_path / "ten.jsonl", 10), router=router, scored=2,
+        stored = [{"id": f"q{i}", "language": "de", "prompt": "x", "completion": "+" * (i % 2), "tokens": 1}
+            for i in range(10)]
+        pool_rows = [{"name": "s", "model": server.url}, {"name": "file", "model": lines(tmp_path / "file.jsonl",
+            *stored)}]
+        make = lambda router, out: config(made, tmp_path, *pool_rows, prompts=prompts(tmp_path / "ten.jsonl", 10),
+            router=router, scored=2,
                                           completions_at_once=4, out=str(tmp_path / out))
         yield tmp_path, server, make
 
@@ -120,13 +124,14 @@ def before_fsync(n, act, rank):
 
 @pytest.mark.parametrize("router, torn", [("fixed", False), ("reward", True)])
 def test_a_kill_at_every_file_operation(router, torn, setting, waits):
-    """The same command then makes the same files. Asked twice is at most the ask that was under way, scored twice one part."""
+    """The same command then makes the same files. Asked twice: at most what was under way; scored twice: one part."""
     here, server, make = setting
     scores, plain = here / "scores", pool.score
     try:
         count_scores(scores)
         main(make(router, "straight"))
-        expected, once, scored = content(here / "straight"), len(server.seen), len(scores.read_text(encoding="utf-8").splitlines())
+        expected, once = content(here / "straight"), len(server.seen)
+        scored = len(scores.read_text(encoding="utf-8").splitlines())
         assert set(server.count.values()) == {1}
         killed = 0
         for n in range(1, 200):
@@ -152,7 +157,8 @@ def test_a_kill_at_every_file_operation(router, torn, setting, waits):
         pool.score = plain
 
 
-@pytest.mark.parametrize("target, n", [("pool:score", 1), ("pool:score", 4), ("asking:Journal.add", 6), ("arbitrage:write_data", 1)])
+@pytest.mark.parametrize("target, n", [("pool:score", 1), ("pool:score", 4), ("asking:Journal.add", 6),
+    ("arbitrage:write_data", 1)])
 def test_a_kill_in_the_middle_of_work(target, n, setting):
     here, server, make = setting
     main(make("reward", "straight"))
@@ -160,7 +166,8 @@ def test_a_kill_in_the_middle_of_work(target, n, setting):
     times = iter(range(1, 100))
 
     def fault(rank):
-        patched(target, lambda plain: lambda *words, **more: kill() if next(times) == n else plain(*words, **more), rank)
+        patched(target, lambda plain: lambda *words, **more: kill() if next(times) == n else plain(*words, **more),
+            rank)
     assert forked(make("reward", "out"), fault) == -9
     first = collections.Counter(server.count)
     main(make("reward", "out"))
@@ -184,11 +191,13 @@ def test_a_full_disk(limit, setting, capfd):
 
 
 @pytest.mark.parametrize("group, cut, kept", [(1, 0, 6), (1, 1, 5), (2, 1, 4), (3, 0, 6), (3, 40, 3), (3, 10**6, 0)])
-def test_rows_that_a_kill_cut_off_go(group, cut, kept, tmp_path):
-    """Rows of 12 bytes; the last group that is not whole goes, and what is added then stands behind the others."""
-    path = tmp_path / "rows.jsonl"
+def test_rows_that_a_kill_cut_off_go(group, cut, kept, tmp_path, monkeypatch):
+    """Some 20 bytes a row; the last group that is not whole goes, and what is added then stands behind the others."""
+    path, synced, fsync = tmp_path / "rows.jsonl", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or fsync(fd))
     writer = RowWriter(path, group)
     writer.add([{"a": "é", "n": n} for n in range(6)])
+    assert synced == [path.stat().st_size]  # it is on the disk, not on its way
     path.write_bytes(path.read_bytes()[:max(0, path.stat().st_size - cut)])
     writer = RowWriter(path, group)
     assert writer.rows == kept
@@ -215,16 +224,32 @@ def test_settings_that_change_what_was_answered(stopped, made):
     here, server, flags = stopped
     teachers = tiny.read(here / "pool.jsonl")
     base = "out.unfinished holds an unfinished run with another "
-    for change, words in (({"seed": 1}, "seed:"), ({"languages": ["de"]}, "languages:"), ({"reward_model": str(made / "rm-south")}, "reward model:"),
+    for change, words in (({"seed": 1}, "seed:"), ({"languages": ["de"]}, "languages:"),
+            ({"reward_model": str(made / "rm-south")}, "reward model:"),
                           ({"judge": str(made / "rm-south")}, "judge:"), ({"router": "fixed"}, "router, another "),
-                          ({"prompts": prompts(here / "more.jsonl", 11)}, "prompts:"), ({"seed": 1, "judge": str(made / "rm-south")}, "seed, another judge:"),
-                          ({"pool": lines(here / "p.jsonl", teachers[0] | {"temperature": 0.5}, *teachers[1:])}, "teacher s:")):
+                          ({"prompts": prompts(here / "more.jsonl", 11)}, "prompts:"),
+                          ({"seed": 1, "judge": str(made / "rm-south")}, "seed, another judge:"),
+                          ({"pool": lines(here / "p.jsonl", teachers[0] | {"temperature": 0.5}, *teachers[1:])},
+                          "teacher s:")):
         refusal(base, words, "--resume never to throw it away", **flags | change)
     lines(here / "file.jsonl", *(r | {"completion": "other"} for r in tiny.read(here / "file.jsonl")))
     refusal(base, "teacher file:", **flags)
     assert len(server.seen) == 10
     main(arbitrage.Config(**flags | {"seed": 1, "resume": "never"}))
     assert len(server.seen) == 20 and len(set(server.count)) == 20
+
+
+def test_a_kill_while_an_unfinished_run_is_thrown_away(stopped):
+    """One file goes at a time; while there are answers, run.json says whose they are."""
+    here, server, flags = stopped
+    folder, flags = here / "out.unfinished", flags | {"seed": 1}
+    for left in range(len(list(folder.iterdir())) - 1, 1, -1):
+        fault = partial(before_file_operation, 2, kill, names=("unlink",))
+        assert forked(arbitrage.Config(**flags | {"resume": "never"}), fault) == -9
+        assert len(list(folder.iterdir())) == left and (folder / "run.json").exists()
+        if list(folder.glob("*.jsonl")):
+            refusal("another seed:", **flags)
+    assert len(server.seen) == 10
 
 
 def test_what_may_change(stopped):
@@ -252,7 +277,8 @@ def test_picks_belong_to_a_pool(stopped):
     lines(here / "pool.jsonl", *old[::-1])
     main(arbitrage.Config(**flags))
     assert len(server.seen) == seen
-    picked = lambda rows: [(r["id"], r["teacher"]) for r in rows if r["id"] > "q3"]  # the others are the sample, with ties
+    picked = lambda rows: [(r["id"], r["teacher"]) for r in rows
+        if r["id"] > "q3"]  # the others are the sample, with ties
     assert picked(rows_of(here, "sft", "fixed")) == picked(expected) and len(picked(expected)) > 2
 
 
@@ -289,7 +315,8 @@ def run(n):
     with open(f"{sys.argv[3]}/{n}.jsonl", "w", encoding="utf-8") as f:
         for i in range(n):
             for t in "xyz":
-                f.write(json.dumps({"id": f"q{i}", "language": "en", "prompt": f"prompt {i}", "completion": f"{t} {i} " + "word " * 800,
+                f.write(json.dumps({"id": f"q{i}", "language": "en", "prompt": f"prompt {i}",
+                                    "completion": f"{t} {i} " + "word " * 800,
                                     "teacher": t, "flags": [], "tokens": 9, "reward": i % 7 + ord(t) % 5}) + "\\n")
     main(Config(completions=[f"{sys.argv[3]}/{n}.jsonl"], out=f"{sys.argv[3]}/out-{n}"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -299,7 +326,8 @@ print("peaks", run(500), run(5000))
 
 def test_texts_are_not_held(tmp_path):
     """Ten times the completions, 54 MB more of text (in a subprocess): its memory grows by a fraction of that."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tiny.ROOT), str(tiny.ROOT / "tests"), str(tmp_path)], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tiny.ROOT), str(tiny.ROOT / "tests"), str(tmp_path)],
+        capture_output=True,
                           text=True, env=tiny.environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     small, large = map(int, done.stdout.splitlines()[-1].split()[1:])
