@@ -24,7 +24,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -127,6 +127,7 @@ def evaluate(cfg, path, out, items, device):
                 write_rows(folder / f"samples_{task}.jsonl", samples[task])
         if common.is_main():
             report = {"model": path, "fingerprint": fingerprint, "commit": common.git_commit(), "hardware": common.hardware(),
+                      "config": asdict(cfg),
                       "seconds": round(time.time() - begin, 2), "results": results}
             (folder / "results.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     if common.is_main():

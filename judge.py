@@ -209,8 +209,9 @@ def ask(cfg, question, conversations, what):
     used = [sum(getattr(r, name) or 0 for r in {id(r): r for r in [*replies, *second]}.values())
             for name in ("prompt_tokens", "completion_tokens")]
     judged = len(conversations) - failed.total()
-    print(f"{what}: {len(conversations)} sent to {endpoint.model}, {judged} judged, {failed.total()} failed" + "".join(f" ({n} x {reason})" for reason, n in failed.most_common(3)) + f"; {len(again)} asked twice; "
-          f"{used[0]} + {used[1]} tokens{cost(cfg, *used)}", flush=True)
+    shown = "".join(f" ({n} x {reason})" for reason, n in failed.most_common(3))
+    print(f"{what}: {len(conversations)} sent to {endpoint.model}, {judged} judged, {failed.total()} failed{shown}; "
+          f"{len(again)} asked twice; {used[0]} + {used[1]} tokens{cost(cfg, *used)}", flush=True)
     return [(n, reason if n is None else "") for n, reason in zip(numbers, reasons)]
 
 
@@ -238,10 +239,10 @@ def dry_run(cfg, question, conversations, what):
     chat = Chat(cfg.judge_tokenizer) if cfg.judge_tokenizer else None
     count = (lambda text: len(chat.encode(text))) if chat else estimated_tokens
     tokens = round(sum(4 + count(m["content"]) for a in new.values() for m in a.messages))  # 4: what frames a turn
-    usual, most = len(new) * min(question.usual, cfg.judge_tokens), len(new) * cfg.judge_tokens
-    print0(f"{what}: dry run: {len(conversations)} games, {len(new)} calls of {endpoint.model}, "
-           f"{'about ' * (not chat)}{tokens} prompt tokens{cost(cfg, tokens, 0)}, about {usual} reply tokens{cost(cfg, 0, usual)} (at most {most}"
-           f"{cost(cfg, 0, most)}), without second asks of unreadable replies; nothing was asked")
+    about, usual, most = "about " * (not chat), min(question.usual, cfg.judge_tokens), cfg.judge_tokens
+    print0(f"{what}: dry run: {len(conversations)} games, {len(new)} calls of {endpoint.model}, {about}{tokens} prompt tokens"
+           f"{cost(cfg, tokens, 0)}; replies of about {len(new) * usual} tokens{cost(cfg, 0, len(new) * usual)}, at most "
+           f"{len(new) * most}{cost(cfg, 0, len(new) * most)}; unreadable ones, asked twice, not counted. Nothing was asked")
 
 
 def judge(cfg, name, cases, what):

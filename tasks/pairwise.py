@@ -3,8 +3,8 @@ Open questions, and whose answer is better: m-ArenaHard, its second version, and
 
     m_arenahard     CohereLabs/m-ArenaHard: 500 hard requests in each language, the same ones, translated
     m_arenahard_v2  CohereLabs/m-ArenaHard-v2.0: 498 others
-    dolly           CohereLabs/aya_evaluation_suite: 200 requests; dolly_human_edited where it has the language (ar es fr hi ru),
-                    dolly_machine_translated otherwise, as Aya is evaluated
+    dolly           CohereLabs/aya_evaluation_suite: 200 requests; dolly_human_edited where it has the language (ar es fr
+                    hi ru), dolly_machine_translated otherwise, as Aya is evaluated
 
 The model answers greedily under its chat template. --judge then compares the answers with every --baseline (judge.py):
 
@@ -71,7 +71,7 @@ def dolly_rows(folder):
     for part in ("dolly_machine_translated", "dolly_human_edited"):  # the second takes the place of the first
         path, by_language = find_table(folder, f"{part}/test*", part), {}
         for row in need(read_table(path), ["inputs", "language"], path) if path else ():
-            language = code_of(f"{row['language']}-{row.get('script') or ''}")
+            language = code_of(f"{row['language']}-{row.get('script') or ''}") or code_of(row["language"])
             if language and not (row.get("script") == "Latn" and language in SCRIPTS):  # romanised Arabic, Hindi, ...
                 by_language.setdefault(language, []).append(row)
         seen = Counter(row.get("id") for rows in by_language.values() for row in rows)
@@ -121,8 +121,8 @@ def answers_of(name, rows, samples):
             found.setdefault(row["id"], row)  # of several samples the first
     found = {s["id"]: found[s["id"]] for s in samples if s["id"] in found}
     if not found:
-        die(f"baseline {name} has no answer to any of the {len(samples)} requests, as {samples[0]['id']!r}; ids and requests are "
-            "in the samples of this evaluation: generate.py --prompts samples_<task>.jsonl")
+        die(f"baseline {name} has no answer to any of the {len(samples)} requests, as {samples[0]['id']!r}; ids and requests "
+            "are in the samples of this evaluation: generate.py --prompts samples_<task>.jsonl")
     if other := [s["id"] for s in samples if s["id"] in found and found[s["id"]].get("prompt", s["prompt"]) != s["prompt"]]:
         die(f"baseline {name} answers another request under the id {other[0]!r}: it is of another version of the files")
     lost = Counter(s["language"] for s in samples if s["id"] not in found)
@@ -135,8 +135,7 @@ def answers_of(name, rows, samples):
 def finish(task, samples, baselines, cfg, device):
     """Adds games_X (margins of the answer over X's, one a game) or failure_X, and what summarise() needs of X's answer."""
     if not cfg.judge or not baselines:
-        print0(f"{task}: answers alone, nothing was judged: " + ("--baseline names no other answers" if cfg.judge else
-                                                                 "no --judge"))
+        print0(f"{task}: answers alone, nothing was judged: no --{'baseline' if cfg.judge else 'judge'}")
         return samples
     for name, rows in baselines.items():
         theirs = answers_of(name, rows, samples)
@@ -223,7 +222,7 @@ def summarise(task, samples, baselines, cfg):
     for language in ["all", *dict.fromkeys(s["language"] for s in samples)]:
         at = [s for s in samples if language in ("all", s["language"])]
         table[language] = {"n": len(at), "ended": statistics.fmean(s["ended"] for s in at)}
-        for name in baselines:
+        for name in baselines if cfg.judge else ():
             table[language] |= rates(at, name, cfg.strong_weight)
         table[language].setdefault("length", statistics.fmean(map(length, at)))
     return table

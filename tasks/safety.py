@@ -6,9 +6,9 @@ Safety: how often does a model answer a harmful request harmfully?
              https://arxiv.org/abs/2406.18682
 
 The model answers greedily under its chat template; --judge, an endpoint, says of every answer whether it is harmful (judge.py,
-words of our own). Metrics: harmful, the share of harmful answers among those that were judged, with its 95 % interval (Wilson's:
-it holds near 0); harmful_global, harmful_local, and one per kind of harm, of which a request may have several; sent, judged,
-failed. Lower is better, and a model that declines everything is at 0: look at win rates too.
+words of our own). Metrics: harmful, the share of harmful answers among those that were judged, with its 95 % interval
+(Wilson's: it holds near 0); harmful_global, harmful_local, and one per kind of harm, of which a request may have several; sent,
+judged, failed. Lower is better, and a model that declines everything is at 0: look at win rates too.
 """
 
 import ast
@@ -19,11 +19,10 @@ import judge
 from benchmarks import folder_of, limited, need, read_table, wanted
 from common import die, print0
 from endpoint import is_endpoint
-from generate import complete
 from languages import LANGUAGES, THREE_LETTERS
 from reward import wilson
 from stats import stderr
-from tasks.pairwise import find_table
+from tasks.pairwise import find_table, run  # noqa: F401  the same answers
 
 TASKS = ("safety",)
 SETTINGS = ("max_new_tokens",)
@@ -52,25 +51,22 @@ def read(task, cfg):
     folder, found = folder_of(cfg.data, REPOSITORY), {}
     for code, language in THREE_LETTERS.items():
         if language not in found and (path := find_table(folder, f"aya_{code}")):
-            found[language] = need(read_table(path), ["prompt", "harm_category", "global_or_local"], path)
+            found[language] = rows = need(read_table(path), ["prompt"], path)
+            if lost := [name for name in ("harm_category", "global_or_local") if not any(row.get(name) for row in rows)]:
+                print0(f"{path}: no row has a {' or a '.join(lost)}")
     if not found:
         die(f"{folder} has no file of {REPOSITORY}: aya_eng.jsonl, aya_arb.jsonl, ...")
     known = [language for language in LANGUAGES if language in found]
     items = [{"id": f"safety-{language}-{n}", "question": f"{language}-{n}", "language": language, "prompt": row["prompt"],
-              "kinds": kinds_of(row["harm_category"]), "scope": row["global_or_local"].strip().lower()}
+              "kinds": kinds_of(row.get("harm_category")), "scope": str(row.get("global_or_local") or "").strip().lower()}
              for language in wanted(cfg.languages, known, task) for n, row in enumerate(found[language])]
     if not items:
         die(f"safety has none of the languages {' '.join(cfg.languages)}")
     return limited(items, cfg.limit)
 
 
-def run(task, model, chat, items, cfg):
-    made = complete(model, chat, items, cfg.max_new_tokens)
-    return [item | {key: m[key] for key in ("completion", "ended", "tokens")} for item, m in zip(items, made)]
-
-
 def finish(task, samples, baselines, cfg, device):
-    """Adds harmful: 1, 0, or None with the reason, failure."""
+    """Adds harmful: 1, 0, or None with the reason, judge_failure."""
     if not cfg.judge:
         print0(f"{task}: answers alone, nothing was judged: no --judge")
         return samples
@@ -78,7 +74,7 @@ def finish(task, samples, baselines, cfg, device):
     for s, (harmful, why) in zip(samples, found or ()):
         s["harmful"] = harmful
         if why:
-            s["failure"] = why
+            s["judge_failure"] = why
     return samples
 
 
@@ -98,8 +94,9 @@ def summarise(task, samples, baselines, cfg):
         at = [s for s in samples if language in ("all", s["language"])]
         sent = [s for s in at if "harmful" in s]
         judged = sum(s["harmful"] is not None for s in sent)
-        table[language] = {"n": len(at), "sent": len(sent), "judged": judged, "failed": len(sent) - judged} | rate(at, "harmful")
-        for scope in dict.fromkeys(s["scope"] for s in at):
+        table[language] = {"n": len(at), "sent": len(sent), "judged": judged, "failed": len(sent) - judged}
+        table[language] |= rate(at, "harmful")
+        for scope in sorted({s["scope"] for s in at} - {""}):
             table[language] |= rate([s for s in at if s["scope"] == scope], f"harmful_{scope}")
         for kind in sorted({kind for s in at for kind in s["kinds"]}):
             table[language] |= rate([s for s in at if kind in s["kinds"]], metric_of(kind))
