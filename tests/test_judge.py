@@ -36,12 +36,14 @@ def says(*texts):
 # --- replies ---
 
 @pytest.mark.parametrize("text, margin", [
-    ("[[A>>B]]", 2), ("[[A>B]]", 1), ("[[A=B]]", 0), ("[[B>A]]", -1), ("[[B>>A]]", -2), ("[[a>b]]", 1), ("A=B", 0), (" B>>A\n", -2),
+    ("[[A>>B]]", 2), ("[[A>B]]", 1), ("[[A=B]]", 0), ("[[B>A]]", -1), ("[[B>>A]]", -2), ("[[a>b]]", 1), ("A=B", 0),
+    (" B>>A\n", -2),
     ("My final verdict is: [[B>A]].", -1), ("**[[A>B]]**", 1), ("\\boxed{[[A=B]]}", 0), ("[[ A > B ]]", 1), ("[A>B]", 1),
     ("[[A>B]] at first, but then [[B>A]]", -1), ("[A>B], no: [[B>>A]]", -2), ("[[B>A]] and not [A>B]", -1),
     ("判定：【【A>B】】", 1), ("【B>A】", -1), ("［［Ａ＞＞Ｂ］］", 2), ("الحكم: [[B>A]]", -1), ("\u200f[[A=B]]\u200e", 0),
     ("[[B>A]]\n\nसमाप्त।", -1), ("[[1]] says [[A>B]], [[citation]]", 1),
-    ("[[A]]", None), ("[[B]]", None), ("[[A>>>B]]", None), ("[[A<B]]", None), ("[[B=A]]", None), ("[[A>A]]", None), ("[[]]", None),
+    ("[[A]]", None), ("[[B]]", None), ("[[A>>>B]]", None), ("[[A<B]]", None), ("[[B=A]]", None), ("[[A>A]]", None),
+    ("[[]]", None),
     ("[[A>B]] no, [[A]]", None), ("【A】", None), ("A is better", None), ("", None), ("[[А>В]]", None),  # Cyrillic
     ("[[A>B", None), ("((A>B))", None), ("[[A>B or B>A]]", None), ("A>B B>A", None), ("[[A>>B]] [[A>>>>B]]", None)])
 def test_arena_replies(text, margin):
@@ -107,7 +109,7 @@ def test_two_games_in_both_orders(tmp_path):
         assert all(payload["temperature"] == 0 and payload["max_tokens"] == 50 for _, payload, _ in server.seen)
         system = {payload["messages"][0]["content"] for _, payload, _ in server.seen}
         assert system == {QUESTIONS["arena"].system}
-        assert compare(config(server, tmp_path, judge_prompt="aya"), PAIRS[:1], "cpu")[0][0] is None  # other words, other labels
+        assert compare(config(server, tmp_path, judge_prompt="aya"), PAIRS[:1], "cpu")[0][0] is None  # other labels
 
 
 def better(handler, payload, times):
@@ -152,11 +154,13 @@ def test_a_reply_that_was_cut_off_has_no_verdict(tmp_path):
         assert compare(config(server, tmp_path), PAIRS[:1], "cpu") == [([1, -1], "")]
 
 
-def test_a_pair_needs_both_games(tmp_path):
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_pair_needs_both_games(refused, tmp_path):
     """One game is read, the other refused: the pair is lost, whatever the first one said."""
     def behave(handler, payload, times):
-        mine_first = payload["messages"][1]["content"].index("جواب أول") < payload["messages"][1]["content"].rindex("جواب")
-        handler.send(*((200, whole(payload, "[[A>B]]")) if mine_first else (400, b'{"error": {"message": "filtered"}}')))
+        text = payload["messages"][1]["content"]
+        game = int(text.index("\nجواب أول\n") < text.index("\nجواب\n"))  # the answer is first in the second game
+        handler.send(*((200, whole(payload, "[[A>B]]")) if game != refused else (400, b'{"error": {"message": "filtered"}}')))
     with serving(behave) as server:
         [(games, why)] = compare(config(server, tmp_path), PAIRS[:1], "cpu")
         assert games is None and why == "400 Bad Request: filtered" and len(server.seen) == 2
@@ -312,10 +316,12 @@ def test_a_reward_model_needs_no_calls(rm, tmp_path, capsys):
 # --- flags ---
 
 @pytest.mark.parametrize("changes, words", [
-    ({"judge_prompt": "mine"}, "--judge_prompt is arena or aya"), ({"tau": -1.0}, "tau"), ({"strong_weight": 0}, "strong_weight"),
-    ({"judge_tokens": 0}, "judge_tokens"), ({"threads": 0}, "threads"), ({"timeout": 0.0}, "timeout"), ({"retries": -1}, "retries"),
-    ({"price_out": -1.0}, "prices"), ({"judge": "", "dry_run": True}, "give --judge"), ({"judge": "http://x/v1"}, "names no model"),
-    ({"judge": "no/such/folder"}, "no/such/folder"), ({"judge_tokenizer": "no/such"}, "no/such"), ({"max_new_tokens": 0}, "max_new")])
+    ({"judge_prompt": "mine"}, "--judge_prompt is arena or aya"), ({"tau": -1.0}, "tau"),
+    ({"strong_weight": 0}, "strong_weight"), ({"judge_tokens": 0}, "judge_tokens"), ({"threads": 0}, "threads"),
+    ({"timeout": 0.0}, "timeout"), ({"retries": -1}, "retries"), ({"price_out": -1.0}, "prices"),
+    ({"judge": "", "dry_run": True}, "give --judge"), ({"judge": "http://x/v1"}, "names no model"),
+    ({"judge": "no/such/folder"}, "no/such/folder"), ({"judge_tokenizer": "no/such"}, "no/such"),
+    ({"max_new_tokens": 0}, "max_new")])
 def test_refusals(changes, words, tmp_path):
     refusal(lambda: check(config("http://localhost:1/v1#j", tmp_path, **changes)), words)
 

@@ -30,7 +30,8 @@ from tasks.pairwise import answers_of, controlled_rate, rates, summarise
 from test_endpoint import refusal, serving, waits, whole  # noqa: F401  waits: no test waits for a retry
 
 cpu = tiny.cpu
-TEXTS = {"ar": "اكتب العدد بالحروف", "fr": "Écris le nombre", "ja": "347を漢数字で", "hi": "संख्या लिखिए", "zh": "写数字", "ru": "Напиши"}
+TEXTS = {"ar": "اكتب العدد بالحروف", "fr": "Écris le nombre", "ja": "347を漢数字で", "hi": "संख्या लिखिए", "zh": "写数字",
+         "ru": "Напиши"}
 
 
 def put(path, rows):
@@ -47,7 +48,8 @@ def config(data, **more):
 def arena(folder, languages=("ar", "fr", "ja"), n=4, **more):
     for language in languages:
         put(folder / language / "test-00000-of-00001.jsonl", [
-            {"question_id": f"q{i:x}", "cluster": "c", "category": "x", "prompt": f"{TEXTS[language]} {i}"} | more for i in range(n)])
+            {"question_id": f"q{i:x}", "cluster": "c", "category": "x", "prompt": f"{TEXTS[language]} {i}"} | more
+            for i in range(n)])
 
 
 def test_m_arenahard(tmp_path, capsys):
@@ -69,7 +71,8 @@ def test_m_arenahard(tmp_path, capsys):
 def test_other_layouts_of_m_arenahard(tmp_path):
     """A file per language, one file with a column, traditional Chinese by other spellings; rows that repeat an id."""
     one = [{"question_id": 7, "prompt": "a"}, {"question_id": 7, "prompt": "b"}]
-    for name, language in (("fr.jsonl", "fr"), ("zh_Hant.jsonl", "zh-Hant"), ("zh-hant/test.jsonl", "zh-Hant"), ("id.json", "id")):
+    for name, language in (("fr.jsonl", "fr"), ("zh_Hant.jsonl", "zh-Hant"), ("zh-hant/test.jsonl", "zh-Hant"),
+                           ("id.json", "id")):
         folder = tmp_path / name.replace("/", "-") / "m-ArenaHard"
         folder.mkdir(parents=True)
         put(folder / name, one)
@@ -86,7 +89,8 @@ def test_other_layouts_of_m_arenahard(tmp_path):
 
 @pytest.mark.parametrize("rows, words", [
     ([{"question_id": 1, "text": "a"}], "row 1 has no prompt; it has question_id, text"),
-    ([{"question_id": 1, "prompt": "a"}, {"prompt": "a"}], "row 2 has no question_id"), (None, "has no file of CohereLabs/m-ArenaHard")])
+    ([{"question_id": 1, "prompt": "a"}, {"prompt": "a"}], "row 2 has no question_id"),
+    (None, "has no file of CohereLabs/m-ArenaHard")])
 def test_wrong_files(rows, words, tmp_path):
     (tmp_path / "m-ArenaHard").mkdir()
     if rows:
@@ -144,7 +148,8 @@ def test_red_teaming(tmp_path, capsys):
     items = safety.read("safety", config(tmp_path))
     assert [(i["id"], i["prompt"], i["kinds"], i["scope"]) for i in items] == [
         ("safety-ar-0", "خطير", ["Hate Speech", "Self-Harm"], "local"), ("safety-ar-1", "آخر", ["Hate Speech"], "global"),
-        ("safety-en-0", "bad", ["Violence, Threats & Incitement"], "global"), ("safety-en-1", "worse", ["Hate Speech"], "local"),
+        ("safety-en-0", "bad", ["Violence, Threats & Incitement"], "global"),
+        ("safety-en-1", "worse", ["Hate Speech"], "local"),
         ("safety-hi-0", "बुरा", [], ""), ("safety-hi-1", "ख", ["broken"], "local")]
     safety.read("safety", config(tmp_path, languages=["de", "en"]))
     assert "safety: not in de; it has ar en hi" in capsys.readouterr().out
@@ -162,8 +167,9 @@ def sample(language, question, games, completion="abcd", other=4, **more):
             "ended": True, "tokens": 2, "games_x": games, "length_x": other, "tokens_x": 3} | more
 
 
-SAMPLES = [sample("fr", "1", [1, 1]), sample("fr", "2", [2, 0]), sample("fr", "3", None, failure_x="why"), sample("fr", "4", [-1, 1]),
-           sample("hi", "1", [1, 2]), sample("hi", "2", [-2, -2], "ab", 8), sample("ar", "4", None)]
+SAMPLES = [sample("fr", "1", [1, 1]), sample("fr", "2", [2, 0]),
+           sample("fr", "3", None, failure_x="why"), sample("fr", "4", [-1, 1]), sample("hi", "1", [1, 2]),
+           sample("hi", "2", [-2, -2], "ab", 8), sample("ar", "4", None)]
 
 
 def test_win_rates_by_hand():
@@ -174,8 +180,8 @@ def test_win_rates_by_hand():
     assert shown("win", "tie", "loss") == [(0.6, 0.1, 0.3), (4 / 6, 1 / 6, 1 / 6), (0.5, 0.0, 0.5), (None,) * 3]
     assert shown("win_rate") == [(0.65,), (0.75,), (0.5,), (None,)]
     assert shown("consistent") == [(0.6,), (1 / 3,), (1.0,), (None,)]  # fr: win win, win tie, loss win
-    assert table["hi"]["length"] == 3 and table["hi"]["length_x"] == 6 and (table["hi"]["tokens"], table["hi"]["tokens_x"]) == (2, 3)
-    scores, questions = [1, 1, 1, .5, 0, 1, 1, 1, 0, 0], list("1122441122")  # both games, all languages of one question together
+    assert [table["hi"][name] for name in ("length", "length_x", "tokens", "tokens_x")] == [3, 6, 2, 3]
+    scores, questions = [1, 1, 1, .5, 0, 1, 1, 1, 0, 0], list("1122441122")  # both games, all languages of one question
     mean, low, high = clustered_interval(scores, questions)
     assert table["all"]["win_rate_x_interval"] == [low, high] and table["all"]["win_rate_x_stderr"] == (high - low) / 3.92
     for t in (table["all"], table["fr"], table["hi"]):
@@ -295,8 +301,8 @@ def world(tmp_path_factory):
     redteaming(folder / "data")
     run(folder, "base", model=["other"])
     rows = tiny.read(folder / "base" / "samples_m_arenahard.jsonl")
-    tiny.write(folder / "gpt.jsonl", [{key: row[key] for key in ("id", "language", "prompt")} | {"completion": f"{row['prompt']}!"}
-                                      for row in rows if row["language"] != "ja"])
+    tiny.write(folder / "gpt.jsonl", [{"id": row["id"], "language": row["language"], "prompt": row["prompt"],
+                                       "completion": f"{row['prompt']}!"} for row in rows if row["language"] != "ja"])
     return folder
 
 
@@ -333,7 +339,8 @@ def test_answers_without_a_judge(world, capsys):
 
 def test_against_two_baselines(world, capsys):
     with serving(likes) as server:
-        table = run(world, "two", judge=server.url, baseline=[str(world / "base"), str(world / "gpt.jsonl")])["m_arenahard"]
+        flags = {"judge": server.url, "baseline": [str(world / "base"), str(world / "gpt.jsonl")]}
+        table = run(world, "two", **flags)["m_arenahard"]
         asked = len(server.seen)
         shown = capsys.readouterr().out
         assert "baseline gpt: no answer to 5 of 15 requests: ja 5" in shown
@@ -347,13 +354,12 @@ def test_against_two_baselines(world, capsys):
         assert [s.get("games_gpt") for s in samples] == [None] * 5 + [[-2, -2]] * 5 + [None] * 5
         assert {s["failure_gpt"] for s in samples if s["language"] == "ar"} == {"400 Bad Request: I cannot"}
         # again: the judge is asked for nothing but what failed
-        assert run(world, "two", judge=server.url, baseline=[str(world / "base"), str(world / "gpt.jsonl")])["m_arenahard"] == table
+        assert run(world, "two", **flags)["m_arenahard"] == table
         again = [payload for _, payload, _ in server.seen[asked:]]
         assert again and all("Arabic" in payload["messages"][1]["content"] for payload in again)
         # the other model against this one: the same games, the other way round
         before = len(server.seen)
-        run(world, "two", model=["other"], judge=server.url, baseline=[str(world / "plain")] if (world / "plain").exists() else [
-            str(world / "two")], languages=["fr", "ja"])
+        run(world, "two", model=["other"], judge=server.url, baseline=[str(world / "two")], languages=["fr", "ja"])
         assert len(server.seen) == before
 
 
@@ -369,12 +375,13 @@ def test_a_judge_who_likes_a_place_gives_one_half(label, strong_weight, world):
 
 
 def test_a_reward_model_judges(world):
-    table = run(world, "by-rm", judge=str(world / "rm"), baseline=[str(world / "base"), str(world / "gpt.jsonl")])["m_arenahard"]
+    judge = {"judge": str(world / "rm")}
+    table = run(world, "by-rm", baseline=[str(world / "base"), str(world / "gpt.jsonl")], **judge)["m_arenahard"]
     samples = tiny.read(world / "by-rm" / "samples_m_arenahard.jsonl")
     assert all(len(s["games_base"]) == 1 for s in samples) and table["all"]["judged_base"] == 15
     assert table["all"]["win_rate_base"] == statistics.fmean((s["games_base"][0] + 1) / 2 for s in samples)
-    assert run(world, "itself", judge=str(world / "rm"), baseline=[str(world / "by-rm")])["m_arenahard"]["all"]["tie_by-rm"] == 1
-    ties = run(world, "tau", judge=str(world / "rm"), tau=1e9, baseline=[str(world / "base")])["m_arenahard"]["all"]
+    assert run(world, "itself", baseline=[str(world / "by-rm")], **judge)["m_arenahard"]["all"]["tie_by-rm"] == 1
+    ties = run(world, "tau", tau=1e9, baseline=[str(world / "base")], **judge)["m_arenahard"]["all"]
     assert ties["tie_base"] == 1 and ties["win_rate_base"] == 0.5
 
 
@@ -383,7 +390,8 @@ def test_dry_run_keeps_the_answers_and_asks_nothing(world, capsys, monkeypatch):
         flags = {"judge": server.url, "baseline": [str(world / "base")]}
         assert run(world, "dry", dry_run=True, price_in=1.0, **flags) is None
         shown = capsys.readouterr().out
-        assert "m_arenahard against base: dry run: 30 games, " in shown and "Nothing was asked" in shown and "without --dry_run" in shown
+        assert "m_arenahard against base: dry run: 30 games, " in shown and "Nothing was asked" in shown
+        assert "without --dry_run" in shown
         assert not server.seen and not (world / "dry").exists() and not (world / "dry.judge.jsonl").exists()
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("the answers are there"))
@@ -398,7 +406,8 @@ def test_safety(world, capsys):
             return handler.send(400, b"filtered")
         if "\nख\n" in text and len(payload["messages"]) == 2:
             return handler.send(200, whole(payload, "It is not harmful."))
-        handler.send(200, whole(payload, "HARMFUL" if "Arabic" in text or "\nख\n" in text else "<think>HARMFUL</think>HARMLESS"))
+        harmful = "Arabic" in text or "\nख\n" in text
+        handler.send(200, whole(payload, "HARMFUL" if harmful else "<think>HARMFUL</think>HARMLESS"))
     with serving(behave) as server:
         table = run(world, "safe", tasks=["safety"], judge=server.url)["safety"]
         assert len(server.seen) == 7
@@ -416,7 +425,8 @@ def test_safety(world, capsys):
     assert everything["harmful_self_harm_n"] == 1 and everything["harmful_violence_threats_incitement"] == 0
     assert "harmful_hate_speech" not in table["en"]  # its only one was not judged
     samples = tiny.read(world / "safe" / "samples_safety.jsonl")
-    assert [s["harmful"] for s in samples] == [1, 1, 0, None, 0, 1] and samples[3]["judge_failure"] == "400 Bad Request: filtered"
+    assert [s["harmful"] for s in samples] == [1, 1, 0, None, 0, 1]
+    assert samples[3]["judge_failure"] == "400 Bad Request: filtered"
     table = run(world, "unsafe", tasks=["safety"])["safety"]
     assert "safety: answers alone, nothing was judged: no --judge" in capsys.readouterr().out
     assert table["all"] == {"n": 6, "sent": 0, "judged": 0, "failed": 0}
@@ -446,8 +456,8 @@ def test_killed_and_run_again(world):
     journal = world / "killed.judge.jsonl"
     kept = lambda: journal.read_bytes().count(b"\n") if journal.exists() else 0
     with serving(behave) as server:
-        words = ["--model", world / "m", "--tasks", "m_arenahard", "--data", world / "data", "--out", world / "killed", "--threads",
-                 "2", "--max_new_tokens", "6", "--judge", server.url, "--baseline", world / "base"]
+        words = ["--model", world / "m", "--tasks", "m_arenahard", "--data", world / "data", "--out", world / "killed",
+                 "--threads", "2", "--max_new_tokens", "6", "--judge", server.url, "--baseline", world / "base"]
         process = subprocess.Popen([sys.executable, "eval.py", *map(str, words)], cwd=tiny.ROOT, env=tiny.environment())
         while kept() < 8:
             assert process.poll() is None
