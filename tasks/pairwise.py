@@ -12,7 +12,7 @@ The model answers greedily under its chat template. --judge then compares the an
     win_X, tie_X, loss_X   shares of those games. A pair is two games, or one for a reward model; a game that is won by far
                    counts --strong_weight times
     lc_win_rate_X  the win rate that a logistic model expects for two answers of one length (controlled_rate())
-    consistent_X   share of judged pairs whose two games have the same winner: how little the place decides
+    consistent_X   share of the pairs of two games in which both have the same winner: how little the place decides
     sent_X, judged_X, failed_X   pairs; what is not judged is in no rate
     length, length_X   mean length in characters, of both sides of the sent pairs; tokens, tokens_X: where they are known
 
@@ -213,7 +213,8 @@ def rates(samples, name, strong_weight):
             for what, value in (("win", 1), ("tie", 0.5), ("loss", 0))}
     row[f"lc_win_rate_{name}"] = controlled_rate([statistics.fmean(s) for s in scores], [len(s) for s in scores],
                                                  [length(s) for s in judged], [s[f"length_{name}"] for s in judged])
-    row[f"consistent_{name}"] = statistics.fmean(len(set(np.sign(s[f"games_{name}"]))) == 1 for s in judged)
+    if twice := [s[f"games_{name}"] for s in judged if len(s[f"games_{name}"]) == 2]:
+        row[f"consistent_{name}"] = statistics.fmean(np.sign(first) == np.sign(second) for first, second in twice)
     return row
 
 

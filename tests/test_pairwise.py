@@ -379,6 +379,7 @@ def test_a_reward_model_judges(world):
     table = run(world, "by-rm", baseline=[str(world / "base"), str(world / "gpt.jsonl")], **judge)["m_arenahard"]
     samples = tiny.read(world / "by-rm" / "samples_m_arenahard.jsonl")
     assert all(len(s["games_base"]) == 1 for s in samples) and table["all"]["judged_base"] == 15
+    assert "consistent_base" not in table["all"]
     assert table["all"]["win_rate_base"] == statistics.fmean((s["games_base"][0] + 1) / 2 for s in samples)
     assert run(world, "itself", baseline=[str(world / "by-rm")], **judge)["m_arenahard"]["all"]["tie_by-rm"] == 1
     ties = run(world, "tau", tau=1e9, baseline=[str(world / "base")], **judge)["m_arenahard"]["all"]
