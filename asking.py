@@ -139,8 +139,8 @@ def answers(endpoint, asks, journal, threads=16, timeout=600.0, retries=6):
                 found[name], succeeded, in_a_row = result, succeeded + 1, 0
             elif isinstance(result, Failure):
                 found[name] = Answer(failure=str(result))
-                # once something has succeeded, a refusal of one prompt says nothing about the others
-                in_a_row += result.everyone or result.again or not succeeded
+                # once something has succeeded, now or before, a refusal of one prompt says nothing about the others
+                in_a_row += result.everyone or result.again or not (succeeded or journal.kept)
                 gone = result.everyone and (not succeeded or (result.again and len(found) == len(set(names))))
                 if in_a_row >= GIVE_UP or gone:  # gone: no server for the last ask, so there was none for others
                     raise Gone(f"error: {endpoint.url}: {result}" + f" (and {in_a_row - 1} before it failed)" * (in_a_row > 1)

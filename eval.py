@@ -6,13 +6,14 @@ python eval.py --model out/mini/final --tasks mini --data out/mini/data --out ou
 
 OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}), samples_<task>.jsonl and
 report.html; with several models OUT/<model's folder name> each, and one report.html. --baseline takes result folders of
-earlier evaluations; their samples are what win rates are judged against, under the folder's name.
+earlier evaluations, or .jsonl files of completion rows (as generate.py writes them, with the samples' ids): what win rates are
+judged against, under the folder's or file's name. Where exact answers do not decide, --judge names who does (judge.py).
 
 A module of tasks/ serves the benchmarks named in its TASKS by four functions:
 
     read(task, cfg)                     -> items: dicts with id, language, question (what the languages share), and the rest
     run(task, model, chat, items, cfg)  -> a sample for each item: what the model said or scored; on all ranks together
-    finish(task, samples, cfg, device)  -> the samples, judged; the model is gone by then (a module may lack it)
+    finish(task, samples, baselines, cfg, device) -> the samples, judged; the model is gone by then (a module may lack it)
     summarise(task, samples, baselines, cfg) -> {language or "all": {metric: value, metric_stderr: value, "n": n}}
 
 and SETTINGS, the flags that its samples depend on. Every sample is on the disk, in OUT.unfinished/, with a key that knows the
@@ -23,7 +24,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,9 +36,9 @@ from common import atomic_dir, die, init_distributed, parse_config, print0
 from model import load
 from rows import RowWriter, read_jsonl, write_rows
 from run import files_fingerprint
-from tasks import mini
+from tasks import mini, pairwise, safety
 
-TASKS = {name: module for module in (mini,) for name in module.TASKS}
+TASKS = {name: module for module in (mini, pairwise, safety) for name in module.TASKS}
 
 
 @dataclass
@@ -47,10 +48,23 @@ class Config:
     data: str = "out/mini/data"  # folder with the benchmarks' files (benchmarks.py), or: hub
     languages: list[str] = field(default_factory=list)  # only these (default: all that a benchmark has)
     out: str = "out/mini/eval/online-3"  # folder to write; with several models OUT/<model's folder name>
-    baseline: list[str] = field(default_factory=list)  # result folders to judge win rates against
+    baseline: list[str] = field(default_factory=list)  # result folders or .jsonl of completions to judge win rates against
     reward_model: str = ""  # also report the mean reward of the answers
     limit: int = 0  # rows per language at most; 0: all
     items_at_once: int = 4096  # computed between two writes; a kill costs at most so many
+    max_new_tokens: int = 1024  # longest answer to an open question (m-ArenaHard, Dolly, red teaming), in tokens
+    judge: str = ""  # who compares answers: http(s)://host:port/v1#model, or a reward model's folder; "": nobody
+    judge_prompt: str = "arena"  # arena: own answer first, five verdicts; aya: two lines, three verdicts
+    judge_tokens: int = 4096  # longest reply of the judge, in tokens
+    judge_tokenizer: str = ""  # folder of the judge's tokenizer: --dry_run counts with it instead of estimating
+    tau: float = 0.0  # a reward model's two rewards that are no further apart are a tie
+    strong_weight: int = 1  # a game that is won by far ([[A>>B]]) counts so many times; Arena-Hard: 3
+    dry_run: bool = False  # count the judge's calls, tokens and cost, and ask nothing; the answers are kept for the run itself
+    price_in: float = 0.0  # of a million tokens that the judge reads
+    price_out: float = 0.0  # of a million tokens that the judge writes
+    threads: int = 16  # judge: requests at once
+    timeout: float = 600.0  # judge: seconds for a response
+    retries: int = 6  # judge: further tries of a request that failed, after longer and longer waits
     resume: str = "auto"  # auto: go on where the same command stopped; never: start over
 
 
@@ -78,6 +92,13 @@ def samples_of(cfg, task, items, path, fingerprint, work, device):
     return [known[name] for name in names]
 
 
+def read_baselines(cfg, task):
+    """--baseline -> {name: rows with id and completion}, for one task. A .jsonl may hold several tasks' rows."""
+    files = {Path(b).name.removesuffix(".jsonl"): Path(b) if b.endswith(".jsonl") else Path(b) / f"samples_{task}.jsonl"
+             for b in cfg.baseline}
+    return {name: [row for row, _ in read_jsonl(file)] for name, file in files.items()}
+
+
 def evaluate(cfg, path, out, items, device):
     """All tasks of one checkpoint -> {task: table}; the folder appears when they are complete."""
     begin, results, samples = time.time(), {}, {}
@@ -91,16 +112,22 @@ def evaluate(cfg, path, out, items, device):
         samples[task] = samples_of(cfg, task, items[task], path, fingerprint, work, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if cfg.dry_run:
+        for task in cfg.tasks:
+            if finish := getattr(TASKS[task], "finish", None):
+                finish(task, samples[task], read_baselines(cfg, task), cfg, device)
+        return print0(f"{Path(path).name}: the answers wait in {work}: the same command without --dry_run goes on with them")
     with atomic_dir(out) as folder:
         for task in cfg.tasks:
-            baselines = {Path(b).name: [row for row, _ in read_jsonl(Path(b) / f"samples_{task}.jsonl")] for b in cfg.baseline}
+            baselines = read_baselines(cfg, task)
             if finish := getattr(TASKS[task], "finish", None):
-                samples[task] = finish(task, samples[task], cfg, device)
+                samples[task] = finish(task, samples[task], baselines, cfg, device)
             results[task] = TASKS[task].summarise(task, samples[task], baselines, cfg)
             if common.is_main():
                 write_rows(folder / f"samples_{task}.jsonl", samples[task])
         if common.is_main():
             report = {"model": path, "fingerprint": fingerprint, "commit": common.git_commit(), "hardware": common.hardware(),
+                      "config": asdict(cfg),
                       "seconds": round(time.time() - begin, 2), "results": results}
             (folder / "results.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     if common.is_main():
@@ -120,6 +147,9 @@ def main(cfg):
     names = [Path(path).name for path in cfg.model]
     if twin := next((name for n, name in enumerate(names) if name in names[:n]), None):
         die(f"two models are called {twin!r}: their results would have one folder; evaluate them one by one")
+    names_of = [Path(b).name.removesuffix(".jsonl") for b in cfg.baseline]
+    if twin := next((name for n, name in enumerate(names_of) if name in names_of[:n]), None):
+        die(f"two baselines are called {twin!r}: their win rates would have one name; rename one")
     items = {task: TASKS[task].read(task, cfg) for task in cfg.tasks}  # what is missing is said before anything is computed
     for path, name in zip(cfg.model, names):
         evaluate(cfg, path, Path(cfg.out) / name if len(names) > 1 else Path(cfg.out), items, device)

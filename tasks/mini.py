@@ -169,7 +169,7 @@ def run(task, model, chat, items, cfg):
     return samples
 
 
-def finish(task, samples, cfg, device):
+def finish(task, samples, baselines, cfg, device):
     """The mean reward of the answers, to be watched beside the win rate."""
     if cfg.reward_model:
         model, chat = scorer(cfg.reward_model, device)
