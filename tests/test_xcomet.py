@@ -14,6 +14,7 @@ import re
 import runpy
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import tiny  # first: it finds the repository
@@ -22,8 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
-from tasks import xcomet, xcomet_files, xcomet_model
+from tasks import xcomet, xcomet_files
 from test_common import killed_before
 
 cpu = tiny.cpu
@@ -113,7 +113,7 @@ def test_the_tagger_may_read_any_layer(converted, tmp_path):
 def test_what_the_fixture_holds():
     """Scripts, cut rows, clipping, spans that are dropped: what the test above would be worth little without."""
     texts = "".join(text for row in EXPECTED["rows"] for text in row)
-    for first, last in ("ء", "ي"), ("א", "ת"), ("अ", "ह"), ("ก", "ฮ"), ("一", "龥"), ("ぁ", "ゖ"), ("가", "힣"), ("а", "я"), ("α", "ω"):
+    for first, last in "ءي", "את", "अह", "กฮ", "一龥", "ぁゖ", "가힣", "ая", "αω":
         assert any(first <= c <= last for c in texts), first
     model, tokenizer = xcomet.load(PUBLISHED)
     encoded = {text: tokenizer.encode(text) for row in ROWS for text in row.values()}
@@ -145,8 +145,9 @@ def test_the_rule_against_a_second_implementation():
 
 
 @pytest.mark.parametrize("tags,spans", [
-    ([0, 1, 0], [(1, 2, "minor")]), ([0, 0, 0], []), ([0, 2, 2], []), ([3, 0], [(0, 1, "critical")]), ([0, 1, 3, 2, 0], [(1, 4, "minor")]),
-    ([0, 3, 1, 0], [(1, 3, "critical")]), ([2, 0, 2, 0, 1], [(0, 1, "major"), (2, 3, "major")]), ([1], [])])
+    ([0, 1, 0], [(1, 2, "minor")]), ([0, 0, 0], []), ([0, 2, 2], []), ([3, 0], [(0, 1, "critical")]), ([1], []),
+    ([0, 1, 3, 2, 0], [(1, 4, "minor")]), ([0, 3, 1, 0], [(1, 3, "critical")]),
+    ([2, 0, 2, 0, 1], [(0, 1, "major"), (2, 3, "major")])])
 def test_spans(tags, spans):
     sharp = torch.nn.functional.one_hot(torch.tensor(tags), 4) * 0.6 + 0.1
     found = xcomet.find_spans(sharp, [(i, i + 1) for i in range(len(tags))])
@@ -155,12 +156,11 @@ def test_spans(tags, spans):
 
 
 def test_passes_are_weighted():
-    """The full pass outvotes the two others together only where they are unsure."""
-    one = lambda *p: torch.tensor([p, (1.0, 0, 0, 0)])
-    good, bad = one(1.0, 0, 0, 0), one(0, 0, 1.0, 0)
-    tag = lambda *tags: len(xcomet.combine([0.0] * 3, tags, [(0, 1), (1, 2)])["spans"])
-    assert tag(bad, bad, good) == 1 and tag(bad, good, good) == 0 and tag(good, good, bad) == 0  # .5 against .5000
-    assert tag(good, one(0.9, 0, 0.1, 0), bad) == 1 and tag(good, bad, one(0.5, 0, 0.5, 0)) == 1
+    """Tags: .1667 of the first pass, .3333 of the second, .5 of the third."""
+    one = lambda bad: torch.tensor([(1 - bad, 0, bad, 0), (1.0, 0, 0, 0)])
+    tag = lambda *bad: len(xcomet.combine([0.0] * 3, [one(b) for b in bad], [(0, 1), (1, 2)])["spans"])
+    assert tag(1, 1, 0.02) == 1 and tag(1, 1, 0) == tag(0.98, 1, 0) == tag(0, 0, 0.98) == 0 and tag(0.02, 0, 1) == 1
+    assert tag(0, 1, 0.35) == 1 and tag(0, 1, 0.32) == 0 and tag(1, 0, 0.68) == 1 and tag(1, 0, 0.65) == 0
 
 
 def test_texts_of_spans(converted):
@@ -169,11 +169,12 @@ def test_texts_of_spans(converted):
 
 
 def test_one_row_alone_is_the_same_in_any_batch(converted):
-    together = xcomet.score(converted, ROWS)
+    rows = ROWS[::3]
+    together = xcomet.score(converted, rows)
     for batch_tokens in (1, 150, 10**6):
-        assert xcomet.score(converted, ROWS, batch_tokens=batch_tokens) == pytest.approx(together, abs=1e-5)
-    shuffled = random.Random(0).sample(range(len(ROWS)), len(ROWS))
-    found = xcomet.score(converted, [ROWS[i] for i in shuffled], batch_tokens=300)
+        assert xcomet.score(converted, rows, batch_tokens=batch_tokens) == pytest.approx(together, abs=1e-5)
+    shuffled = random.Random(0).sample(range(len(rows)), len(rows))
+    found = xcomet.score(converted, [rows[i] for i in shuffled], batch_tokens=300)
     assert found == pytest.approx([together[i] for i in shuffled], abs=1e-5)
     assert xcomet.score(converted, []) == []
 
@@ -185,7 +186,6 @@ def test_equal_rows_are_computed_once_and_none_is_no_reference(converted, monkey
     a = {"src": "Good morning", "mt": "Guten Tag"}
     found = xcomet.score(converted, [a, a | {"ref": None}, a | {"ref": "Guten Morgen", "id": 3}, a])
     assert sum(seen) == 4 and found[0] == found[1] == found[3] != found[2]
-    assert not any(p.requires_grad and p.grad_fn for p in [torch.tensor(found)])
 
 
 def test_one_model_in_memory(converted):
@@ -210,21 +210,22 @@ json.dump(found, open(f"{tmp_path}/found.{{common.rank()}}", "w", encoding="utf-
     tiny.jobs(tmp_path / "jobs.json", {2: [["", program]]})
     for rank in range(2):
         all_rows, one, none = json.loads((tmp_path / f"found.{rank}").read_text(encoding="utf-8"))
-        assert all_rows == pytest.approx(xcomet.score(converted, ROWS[:40]), abs=1e-5) and one == all_rows[:1] and none == []
+        assert all_rows == pytest.approx(xcomet.score(converted, ROWS[:40]), abs=1e-5)
+        assert one == pytest.approx(all_rows[:1], abs=1e-5) and none == []
 
 
 def test_bf16_is_near_and_the_heads_stay_fp32(converted, tmp_path):
     """What a GPU gets, computed on the CPU. How near the real model's scores are is not known here."""
     xcomet.convert(PUBLISHED, tmp_path / "half", bf16=True)
     stored = load_file(tmp_path / "half" / "model.safetensors")
-    assert {name.split(".")[0]: t.dtype for name, t in stored.items()} == {
-        "encoder": torch.bfloat16, "layerwise_attention": torch.float32, "estimator": torch.float32, "hidden2tag": torch.float32}
+    heads = dict.fromkeys(["layerwise_attention", "estimator", "hidden2tag"], torch.float32)
+    assert {name.split(".")[0]: t.dtype for name, t in stored.items()} == {"encoder": torch.bfloat16, **heads}
     model, tokenizer = xcomet.load(converted, dtype=torch.bfloat16)
     again, _ = xcomet.load(tmp_path / "half", dtype=torch.bfloat16)
     for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert p.dtype == q.dtype == stored[name].dtype and torch.equal(p, q)
     exact, _ = xcomet.load(converted)
-    ids = torch.tensor([tokenizer.encode(r["mt"]).ids[:8] for r in ROWS[:9]])
+    ids = torch.tensor([tokenizer.encode(r["mt"]).ids[:8] for r in ROWS[:9] if len(r["mt"]) > 12])
     with torch.no_grad():
         (a, t), (b, u) = model(ids), exact(ids)
         states = list(model.encoder["model"].states(ids))
@@ -245,8 +246,8 @@ def test_conversion(converted, tmp_path, capsys):
     assert published.keys() - stored.keys() == gone
     with pytest.MonkeyPatch.context() as patch:  # as a user calls it, over an older conversion
         patch.setattr(sys, "argv", ["xcomet.py", "--convert", str(PUBLISHED), "--out", str(tmp_path / "out")])
-        runpy.run_module("tasks.xcomet", run_name="__main__")
-        runpy.run_module("tasks.xcomet", run_name="__main__")
+        for _ in range(2):
+            runpy.run_path(str(tiny.ROOT / "tasks" / "xcomet.py"), run_name="__main__")
     assert f"-> {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 
@@ -259,21 +260,17 @@ def test_conversion_in_parts(converted, tmp_path, monkeypatch):
 
 
 def test_conversion_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """Of the checkpoint nothing is copied but what is being written: no more than the largest tensor."""
-    import weakref
-    alive, most, empty = [], [0], torch.empty
+    """Beside the mapped checkpoint: the tensor that is being written, and the one before it."""
+    alive, most, plain = [], [], xcomet_files.Published.read_into
 
-    def counted(*args, **options):
-        t = empty(*args, **options)
-        if t.device.type == "cpu":
-            alive.append(weakref.ref(t))
-            most[0] = max(most[0], sum(x().nbytes for x in alive if x() is not None))
-        return t
-    with torch.device("cpu"):
-        monkeypatch.setattr(xcomet_files.torch, "empty", counted)
-        xcomet.convert(PUBLISHED, tmp_path / "out")
-    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
-    assert 0 < most[0] <= 2 * max(t.nbytes for t in tensors) < sum(t.nbytes for t in tensors) / 1.5
+    def counted(self, name, out, row=0):
+        alive.append(weakref.ref(out))
+        most.append(sum(x().nbytes for x in alive if x() is not None))
+        plain(self, name, out, row)
+    monkeypatch.setattr(xcomet_files.Published, "read_into", counted)
+    xcomet.convert(PUBLISHED, tmp_path / "out")
+    largest, second = sorted(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())[:-3:-1]
+    assert len(most) > 50 and max(most) <= largest + second
 
 
 def test_killed_at_every_step_of_a_conversion(tmp_path):
@@ -305,8 +302,7 @@ def test_conversion_overwrites_nothing_else(copy, tmp_path):
     assert (tmp_path / "notes" / "mine.txt").exists() and all((copy / name).exists() for name in FILES)
 
 
-@pytest.mark.parametrize("name,fetch", zip(FILES, ("Unbabel/XCOMET-XL", "facebook/xlm-roberta-xl", "Unbabel/XCOMET-XL",
-                                                   "facebook/xlm-roberta-xl")))
+@pytest.mark.parametrize("name,fetch", list(zip(FILES, ["Unbabel/XCOMET-XL", "facebook/xlm-roberta-xl"] * 2)))
 def test_what_is_missing_is_named(copy, name, fetch):
     (copy / name).unlink()
     line = refusal(lambda: xcomet.score(copy, ROWS))
@@ -314,7 +310,7 @@ def test_what_is_missing_is_named(copy, name, fetch):
 
 
 def drop(name):
-    return lambda saved: saved["state_dict"].pop(name) and None
+    return lambda saved: saved["state_dict"].pop(name).any() and None
 
 
 def put(name, tensor):
@@ -339,7 +335,7 @@ LAYER = "encoder.model.encoder.layer.1."
     (put("hidden2tag.bias", torch.ones(4, dtype=torch.int8)), "tensor hidden2tag.bias holds torch.int8"),
     (put("hidden2tag.bias", torch.tensor([0, math.nan, 0, 0])), "tensor hidden2tag.bias holds NaN"),
     (put("estimator.ff.6.bias", torch.tensor([math.inf])), "tensor estimator.ff.6.bias holds NaN or infinity"),
-    (lambda saved: saved["hyper_parameters"].update(word_layer=2), "was saved with word_layer 2, but hparams.yaml above it says 3"),
+    (lambda saved: saved["hyper_parameters"].update(word_layer=2), "with word_layer 2, but hparams.yaml above it says 3"),
     (lambda saved: saved["hyper_parameters"].update(hidden_sizes=[20]), "was saved with hidden_sizes [20]"),
     (lambda saved: saved["state_dict"], "has no state_dict of tensors"), (lambda saved: [1], "has no state_dict of tensors"),
     (lambda saved: {"state_dict": {"a": 1}}, "has no state_dict of tensors"),
@@ -387,12 +383,14 @@ def test_damaged_files(copy, tmp_path):
 
 @pytest.mark.parametrize("values,said", [
     ({"model_type": "xlm-roberta"}, "model_type is 'xlm-roberta'"), ({"model_type": "gone"}, "model_type is None"),
-    ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"), ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
-    ({"num_hidden_layers": 2}, "word_layer is 3, but"), ({"num_hidden_layers": 4}, "has 3 layers, "), ({"num_hidden_layers": 10**6}, "no whole"),
-    ({"hidden_size": "gone"}, "hidden_size is None"), ({"hidden_size": 12}, "has shape"), ({"num_attention_heads": 5}, "multiple"),
-    ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"), ({"pad_token_id": 3}, "no room"), ({"vocab_size": 218}, "has shape"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"), ({"eos_token_id": 3}, "tokenizer.json does not fit config.json"),
-    ({"pad_token_id": 0}, "tokenizer.json does not fit config.json"), ({"type_vocab_size": True}, "type_vocab_size is True")])
+    ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"), ({"is_decoder": True}, "is_decoder is True"),
+    ({"position_embedding_type": "relative_key"}, "position_embedding_type"), ({"num_hidden_layers": 2}, "word_layer is 3, but"),
+    ({"num_hidden_layers": 4}, "has 3 layers, "), ({"num_hidden_layers": 10**6}, "no whole number"),
+    ({"hidden_size": "gone"}, "hidden_size is None"), ({"hidden_size": 12}, "has shape"),
+    ({"num_attention_heads": 5}, "multiple"), ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"), ({"pad_token_id": 3}, "no room"),
+    ({"vocab_size": 218}, "has shape"), ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"eos_token_id": 3}, "tokenizer.json does not fit config.json"), ({"type_vocab_size": True}, "type_vocab_size is True"),
+    ({"pad_token_id": 0}, "tokenizer.json does not fit config.json")])
 def test_configs_that_are_refused(copy, values, said):
     edit_json(copy / "config.json", **values)
     line = refusal(lambda: xcomet.load(copy))
@@ -402,11 +400,13 @@ def test_configs_that_are_refused(copy, values, said):
 @pytest.mark.parametrize("old,new,said", [
     ("word_layer: 3\n", "", "has no word_layer"),  # also gone from the checkpoint, below
     ("word_layer: 3", "word_layer: 9", "word_layer is 9, but"), ("word_layer: 3", "word_layer: three", "word_layer is 'three'"),
-    ("- 20\n", "- 20\n- x\n", "hidden_sizes is [20, 'x', 12]"), ("hidden_sizes:\n- 20\n- 12", "hidden_sizes:\n  a: 1", "hidden_sizes is None"),
-    ("xcomet_metric", "regression_metric", "class_identifier is 'regression_metric'"), ("layer_norm: false", "layer_norm: true", "layer_norm"),
-    ("activations: Tanh", "activations: ReLU", "activations is 'ReLU'"), ("final_activation: null", "final_activation: Sigmoid", "final"),
+    ("- 20\n", "- 20\n- x\n", "hidden_sizes is [20, 'x', 12]"), ("- critical\n", "", "error_labels"),
+    ("hidden_sizes:\n- 20\n- 12", "hidden_sizes:\n  a: 1", "hidden_sizes is None"),
+    ("xcomet_metric", "regression_metric", "class_identifier is 'regression_metric'"),
+    ("layer_norm: false", "layer_norm: true", "layer_norm is True"), ("activations: Tanh", "activations: ReLU", "activations is 'ReLU'"),
+    ("final_activation: null", "final_activation: Sigmoid", "final_activation is 'Sigmoid'"),
     ("sent_layer: mix", "sent_layer: 3", "sent_layer is 3"), ("XLM-RoBERTa-XL", "XLM-RoBERTa", "encoder_model is 'XLM-RoBERTa'"),
-    ("- critical\n", "", "error_labels"), ("loss: mse", "loss mse", "is not `key: value`"), ("loss: mse", "word_layer: 3", "second time")])
+    ("loss: mse", "loss mse", "is not `key: value`"), ("loss: mse", "word_layer: 3", "second time")])
 def test_hparams_that_are_refused(copy, old, new, said):
     edit_checkpoint(copy, lambda saved: saved.pop("hyper_parameters") and None)
     text = (copy / "hparams.yaml").read_text(encoding="utf-8")
@@ -418,8 +418,8 @@ def test_hparams_that_are_refused(copy, old, new, said):
 
 def test_hparams(tmp_path):
     path = tmp_path / "hparams.yaml"
-    path.write_text("---\n# said\na: 1  # one\nb: -2.5e-06\nc: true\nd: null\ne:\n- 1\n-  x y\nf: [1, 'two', 3.0]\ng: []\nh: \"q: #\"\n"
-                    "i:\n  deep: 1\n  - 2\nj: a b\nk: ~\n\nl:\n  - 4\nm: .5\nn: 1.2.3\n", encoding="utf-8")
+    path.write_text("---\n# said\na: 1  # one\nb: -2.5e-06\nc: true\nd: null\ne:\n- 1\n-  x y\nf: [1, 'two', 3.0]\ng: []\n"
+                    "h: \"q: #\"\ni:\n  deep: 1\n  - 2\nj: a b\nk: ~\n\nl:\n  - 4\nm: .5\nn: 1.2.3\n", encoding="utf-8")
     assert xcomet_files.read_hparams(path) == {
         "a": 1, "b": -2.5e-06, "c": True, "d": None, "e": [1, "x y"], "f": [1, "two", 3.0], "g": [], "h": '"q:', "i": [2],
         "j": "a b", "k": None, "l": [4], "m": 0.5, "n": "1.2.3"}
@@ -448,8 +448,8 @@ def test_converted_folders_that_are_damaged(converted, tmp_path):
     cut = lambda path: path.write_bytes(path.read_bytes()[:-9])
     assert "tensor hidden2tag.bias is missing" in broken("model.safetensors", without)
     assert "cannot be read" in broken("model.safetensors", cut)
-    assert "not that of a converted xCOMET" in broken("config.json", lambda p: edit_json(p, architectures=["XLMRobertaXLForMaskedLM"]))
-    assert "not that of a converted xCOMET" in broken("config.json", lambda p: edit_json(p, xcomet="gone"))
+    for values in {"architectures": ["XLMRobertaXLForMaskedLM"]}, {"xcomet": "gone"}:
+        assert "not that of a converted xCOMET" in broken("config.json", lambda p: edit_json(p, **values))
     assert "has no hparams.yaml" in broken("model.safetensors", Path.unlink)
     assert "tokenizer.json cannot be read" in broken("tokenizer.json", cut)
     assert "not found" in refusal(lambda: xcomet.score(tmp_path / "nowhere", ROWS))
