@@ -384,10 +384,12 @@ def test_damaged_files(copy, tmp_path):
 @pytest.mark.parametrize("values,said", [
     ({"model_type": "xlm-roberta"}, "model_type is 'xlm-roberta'"), ({"model_type": "gone"}, "model_type is None"),
     ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"), ({"is_decoder": True}, "is_decoder is True"),
-    ({"position_embedding_type": "relative_key"}, "position_embedding_type"), ({"num_hidden_layers": 2}, "word_layer is 3, but"),
-    ({"num_hidden_layers": 4}, "has 3 layers, "), ({"num_hidden_layers": 10**6}, "no whole number"),
+    ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ({"num_hidden_layers": 2}, "word_layer is 3, but"), ({"num_hidden_layers": 4}, "has 3 layers, "),
+    ({"num_hidden_layers": 10**6}, "no whole number"),
     ({"hidden_size": "gone"}, "hidden_size is None"), ({"hidden_size": 12}, "has shape"),
-    ({"num_attention_heads": 5}, "multiple"), ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"), ({"pad_token_id": 3}, "no room"),
+    ({"num_attention_heads": 5}, "multiple"), ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"),
+    ({"pad_token_id": 3}, "no room"),
     ({"vocab_size": 218}, "has shape"), ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
     ({"eos_token_id": 3}, "tokenizer.json does not fit config.json"), ({"type_vocab_size": True}, "type_vocab_size is True"),
     ({"pad_token_id": 0}, "tokenizer.json does not fit config.json")])
@@ -403,9 +405,11 @@ def test_configs_that_are_refused(copy, values, said):
     ("- 20\n", "- 20\n- x\n", "hidden_sizes is [20, 'x', 12]"), ("- critical\n", "", "error_labels"),
     ("hidden_sizes:\n- 20\n- 12", "hidden_sizes:\n  a: 1", "hidden_sizes is None"),
     ("xcomet_metric", "regression_metric", "class_identifier is 'regression_metric'"),
-    ("layer_norm: false", "layer_norm: true", "layer_norm is True"), ("activations: Tanh", "activations: ReLU", "activations is 'ReLU'"),
+    ("layer_norm: false", "layer_norm: true", "layer_norm is True"),
+    ("activations: Tanh", "activations: ReLU", "activations is 'ReLU'"),
     ("final_activation: null", "final_activation: Sigmoid", "final_activation is 'Sigmoid'"),
-    ("sent_layer: mix", "sent_layer: 3", "sent_layer is 3"), ("XLM-RoBERTa-XL", "XLM-RoBERTa", "encoder_model is 'XLM-RoBERTa'"),
+    ("sent_layer: mix", "sent_layer: 3", "sent_layer is 3"),
+    ("XLM-RoBERTa-XL", "XLM-RoBERTa", "encoder_model is 'XLM-RoBERTa'"),
     ("loss: mse", "loss mse", "is not `key: value`"), ("loss: mse", "word_layer: 3", "second time")])
 def test_hparams_that_are_refused(copy, old, new, said):
     edit_checkpoint(copy, lambda saved: saved.pop("hyper_parameters") and None)
