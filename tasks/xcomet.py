@@ -22,6 +22,7 @@ long; unbabel-comet issue 239), so score sentence by sentence. A system's score 
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,18 @@ def combine(scores, tags, offsets):
 
 
 @torch.no_grad()
+def run(model, rows, batch_tokens, device):
+    """Lists of token ids -> [(score, tag probabilities (T, 4))], in order; they are batched by length."""
+    outputs = [None] * len(rows)
+    for batch in token_batches([len(ids) for ids in rows], batch_tokens):
+        ids = [torch.tensor(rows[i]) for i in batch]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=model.cfg.pad_token_id)
+        scores, tags = model(ids.to(device))
+        for i, s, t in zip(batch, scores.tolist(), tags.cpu()):
+            outputs[i] = s, t[:len(rows[i])]
+    return outputs
+
+
 def parts(folder, rows, device="cpu", batch_tokens=8192):
     """
     Rows {"src", "mt", "ref"} -> for each, in order, {"score", "src", "ref", "full", "mqm", "spans"}: the score (1 is perfect,
@@ -131,35 +144,29 @@ def parts(folder, rows, device="cpu", batch_tokens=8192):
     measured). Ends with one line if a row lacks a text, or the model gives what is no number.
     """
     model, tokenizer = scorer(str(folder), str(device))
-    cfg, keys = model.cfg, []
+    keys = []
     for n, row in enumerate(rows, 1):
-        texts = [row.get("src"), row.get("mt"), *([row["ref"]] if row.get("ref") is not None else [])]
-        if not all(isinstance(t, str) for t in texts):
+        key = (row.get("src"), row.get("mt"), *([row["ref"]] if row.get("ref") is not None else []))
+        if not all(isinstance(text, str) for text in key):
             die(f"xCOMET: row {n} must have texts src and mt, and ref or none: {str(row)[:100]}")
-        keys.append(tuple(texts))
+        keys.append(key)
     mine = [dict(zip(("src", "mt", "ref"), key)) for key in list(dict.fromkeys(keys))[common.rank()::common.world()]]
     texts = list(dict.fromkeys(text for row in mine for text in row.values()))
-    encoded = dict(zip(texts, tokenizer.encode_batch(texts)))
-    passes = [(r, ids) for r, row in enumerate(mine) for ids in joint_rows(encoded, cfg, row)]
-    outputs = [None] * len(passes)
-    for batch in token_batches([len(ids) for _, ids in passes], batch_tokens):
-        ids = [torch.tensor(passes[i][1]) for i in batch]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=cfg.pad_token_id)
-        scores, tags = model(ids.to(device))
-        for i, s, t in zip(batch, scores.tolist(), tags.cpu()):
-            if not math.isfinite(s):
-                die(f"the xCOMET of {mine[passes[i][0]]['mt'][:60]!r} is not a number: {folder} is damaged")
-            outputs[i] = (s, t[:len(passes[i][1])])
-    of_row = [[] for _ in mine]
-    for (r, _), output in zip(passes, outputs):
-        of_row[r].append(output)
+    # half a surrogate pair, which a model may write and no tokenizer reads, becomes "?": one character, so offsets stay
+    encoded = dict(zip(texts, tokenizer.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])))
+    joint = [joint_rows(encoded, model.cfg, row) for row in mine]
+    outputs = iter(run(model, [ids for passes in joint for ids in passes], batch_tokens, device))
     found = []
-    for row, outs in zip(mine, of_row):
-        result = combine(*zip(*outs), encoded[row["mt"]].offsets)
+    for row, passes in zip(mine, joint):
+        scores, tags = zip(*itertools.islice(outputs, len(passes)))
+        result = combine(scores, tags, encoded[row["mt"]].offsets)
         for span in result["spans"]:
             span["text"] = row["mt"][span["start"]:span["end"]]
-        found.append((tuple(row.values()), result))
+        whole = all(map(math.isfinite, scores)) and all(t.isfinite().all() for t in tags)
+        found.append((tuple(row.values()), result if whole else None))
     found = dict(common.gather_list(found))
+    if broken := [key for key, result in found.items() if result is None]:  # every rank says so, none waits for another
+        die(f"the xCOMET of {broken[0][1][:60]!r} is not a number: {folder} is damaged")
     return [found[key] for key in keys]
 
 

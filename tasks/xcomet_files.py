@@ -130,10 +130,12 @@ class Published:
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             die(f"{path} has no state_dict of tensors: it is not what unbabel-comet saves")
         own, said = saved.get("hyper_parameters") or {}, read_hparams(self.folder / "hparams.yaml")
-        for key in (*NEEDED, *ONLY_HPARAMS):  # unbabel-comet obeys the checkpoint's own; the file is a copy for people
-            if key in own and key in said and own[key] != said[key]:
+        # unbabel-comet takes the class from the file, and all else from what is saved in the checkpoint
+        own = {key: own[key] for key in (*NEEDED, *ONLY_HPARAMS) if key in own and key != "class_identifier"}
+        for key in own:
+            if own[key] != said.get(key, own[key]):
                 die(f"{path} was saved with {key} {own[key]!r}, but hparams.yaml above it says {said[key]!r}; fetch both again")
-        hparams = {key: own[key] for key in (*NEEDED, *ONLY_HPARAMS) if key in own} | said
+        hparams = own | said
         self.config = read_json(self.folder / "config.json")
         self.cfg = sizes(self.config, hparams, self.folder / "config.json", self.folder / "hparams.yaml")
         self.hparams = {key: hparams[key] for key in (*ONLY_HPARAMS, *NEEDED)}

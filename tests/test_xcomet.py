@@ -351,7 +351,10 @@ def test_checkpoints_that_are_refused(copy, tmp_path, change, said):
 def test_parts_that_are_no_weights_of_the_model_are_passed_over(copy):
     for name in ("encoder.model.embeddings.position_ids", "encoder.model.pooler.dense.weight"):
         edit_checkpoint(copy, put(name, torch.arange(9)))
+    edit_checkpoint(copy, lambda saved: saved["hyper_parameters"].update(class_identifier="unified_metric"))  # its base class
+    same(xcomet.parts(copy, ROWS[:9]), EXPECTED["last"][:9])
     edit_checkpoint(copy, lambda saved: saved.pop("hyper_parameters") and None)  # hparams.yaml is enough
+    xcomet.scorer.cache_clear()
     same(xcomet.parts(copy, ROWS[:9]), EXPECTED["last"][:9])
 
 
@@ -465,7 +468,13 @@ def test_rows_that_are_refused(converted, bad):
     assert "row 2 must have texts" in refusal(lambda: xcomet.score(converted, [ROWS[0], bad]))
 
 
-def test_a_score_that_is_no_number(converted, monkeypatch):
+@pytest.mark.parametrize("score,tag", [(math.nan, 0.25), (math.inf, 0.25), (0.5, math.nan)])
+def test_a_score_that_is_no_number(converted, monkeypatch, score, tag):
     model, _ = xcomet.scorer(str(converted), "cpu")
-    monkeypatch.setattr(model, "forward", lambda ids: (torch.full((len(ids),), math.nan), torch.ones(*ids.shape, 4) / 4))
+    monkeypatch.setattr(model, "forward", lambda ids: (torch.full((len(ids),), score), torch.full((*ids.shape, 4), tag)))
     assert "is not a number" in refusal(lambda: xcomet.score(converted, ROWS))
+
+
+def test_half_a_surrogate_pair(converted):
+    broken, mark = ({"src": "a", "mt": f"Guten {c} Morgen"} for c in ("\ud83d", "?"))
+    assert xcomet.score(converted, [broken]) == xcomet.score(converted, [mark])
