@@ -179,6 +179,16 @@ def test_one_row_alone_is_the_same_in_any_batch(converted):
     assert xcomet.score(converted, []) == []
 
 
+def test_nothing_is_read_behind_the_end_of_a_joint_row(converted):
+    """"<pad>" in a text is no token of the joint row but still a token of mt: with many of them mt is the longer one, and
+    unbabel-comet fails, or reads padding."""
+    pads = {"src": "", "mt": "<pad>" * 9 + "a"}
+    assert xcomet.score(converted, [pads, *ROWS])[0] == pytest.approx(xcomet.score(converted, [pads])[0], abs=1e-5)
+    model, _ = xcomet.scorer(str(converted), "cpu")
+    outputs = xcomet.run(model, [[0, 5, 2], [0, 5, 6, 2, 2, 7, 2], [0, 2]], 100, "cpu")
+    assert [tags.shape for _, tags in outputs] == [(3, 4), (7, 4), (2, 4)]
+
+
 def test_equal_rows_are_computed_once_and_none_is_no_reference(converted, monkeypatch):
     model, _ = xcomet.scorer(str(converted), "cpu")
     seen, forward = [], model.forward
