@@ -240,6 +240,7 @@ def test_bf16_is_near_and_the_heads_stay_fp32(converted, tmp_path):
         (a, t), (b, u) = model(ids), exact(ids)
         states = list(model.encoder["model"].states(ids))
     assert a.dtype == t.dtype == torch.float32 and all(x.dtype == torch.float32 for x in states)
+    assert any((x != x.bfloat16()).any() for x in states)  # nothing is rounded on its way from layer to layer
     assert 1e-5 < (a - b).abs().max() < 0.1 and (t - u).abs().max() < 0.05
 
 
@@ -362,7 +363,10 @@ def test_parts_that_are_no_weights_of_the_model_are_passed_over(copy):
     for name in ("encoder.model.embeddings.position_ids", "encoder.model.pooler.dense.weight"):
         edit_checkpoint(copy, put(name, torch.arange(9)))
     edit_checkpoint(copy, lambda saved: saved["hyper_parameters"].update(class_identifier="unified_metric"))  # its base class
+    text = (copy / "hparams.yaml").read_text(encoding="utf-8")
+    (copy / "hparams.yaml").write_text(text.replace("word_layer: 3\n", ""), encoding="utf-8")  # the checkpoint says it too
     same(xcomet.parts(copy, ROWS[:9]), EXPECTED["last"][:9])
+    (copy / "hparams.yaml").write_text(text, encoding="utf-8")
     edit_checkpoint(copy, lambda saved: saved.pop("hyper_parameters") and None)  # hparams.yaml is enough
     xcomet.scorer.cache_clear()
     same(xcomet.parts(copy, ROWS[:9]), EXPECTED["last"][:9])
@@ -377,6 +381,13 @@ def test_a_pickle_runs_nothing(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("XCOMET_TEST_RAN", str(tmp_path / "ran"))
     edit_checkpoint(copy, lambda saved: saved | {"callbacks": Run()})
     assert "names the code posix.mkdir" in refusal(lambda: xcomet.load(copy)) and not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(copy):
+    name = "encoder.model.embeddings.word_embeddings.weight"
+    edit_checkpoint(copy, lambda saved: saved["state_dict"].update({name: saved["state_dict"][name][:200]}))
+    edit_json(copy / "config.json", vocab_size=200)
+    assert "tokenizer.json does not fit config.json" in refusal(lambda: xcomet.load(copy))
 
 
 def test_damaged_files(copy, tmp_path):
