@@ -170,7 +170,8 @@ def read(task, cfg):
         order = {name: n for n, name in enumerate(dict.fromkeys(item.get("subject") for item in found))}
         items += sorted(found, key=lambda item: order[item.get("subject")])  # who shares examples stands together
     if missing and (cfg.languages or not items):
-        die(f"{folder} has no rows in {' '.join(missing)}: expected {patterns[0]} or {patterns[1]}")
+        names = [pattern.format(l=missing[0], split="test") for pattern in patterns]
+        die(f"{folder} has no rows in {' '.join(missing)}: expected {', '.join(names)}")
     if missing:
         print0(f"{task}: {folder} has no rows in {' '.join(missing)}")
     return items

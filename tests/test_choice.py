@@ -37,7 +37,7 @@ EXPECTED = json.loads((HERE / "lmeval" / "expected.json").read_text(encoding="ut
 # --- what is computed once is what is computed one by one ---
 
 SIZES = dict(vocab_size=60, hidden_size=24, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, logit_scale=1.0,
-             intermediate_size=36, initializer_range=0.3, bos_token_id=5, eos_token_id=7, pad_token_id=0,
+             intermediate_size=36, initializer_range=0.2, bos_token_id=5, eos_token_id=7, pad_token_id=0,
              max_position_embeddings=64)
 FAMILIES = {"cohere": {}, "cohere2": {"sliding_window": 7}, "mistral": {"sliding_window": 5},
             "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 6, "head_dim": 6}}  # cohere2: layer 4 has no positions
@@ -73,7 +73,7 @@ def requests_of(model, seed=0):
         greedy = model(torch.tensor([context]))[0, -1].argmax().item()
         more = model(torch.tensor([context + [greedy]]))[0, -1].argmax().item()
         requests += [(context, [greedy]), (context, [greedy, more]), (context, [greedy, 9])]
-    requests += [([5], [9]), (stem[:1] + words(100, 100), [9, 8]), (words(62, 62), words(3, 3)), requests[0]]  # three cut
+    requests += [([5], [9]), (stem[:1] + words(100, 100), [9, 8]), (words(64, 64), words(3, 3)), requests[0]]  # two cut
     rng.shuffle(requests)
     return requests
 
@@ -116,7 +116,7 @@ def test_logits_in_parts(monkeypatch):
     assert max(seen) == 3 and [a for a, _ in found] == pytest.approx([a for a, _ in expected], abs=1e-5)
     places = {tuple((a + b)[-65:][:-1][:n]) for a, b in requests
               for n in range(min(64, len(a + b) - 1) - len(b) + 1, min(64, len(a + b) - 1) + 1)}
-    assert sum(seen) <= len(places) + 2  # two rows may hold the same place twice, behind no common stem
+    assert len(places) <= sum(seen) < 1.1 * len(places)  # what two rows share but no stem of theirs is there twice
 
 
 def test_sixteen_bits_are_not_rounded_again():
