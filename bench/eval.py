@@ -6,7 +6,7 @@ log-likelihood, in one run on the same weights and texts.
     python bench/eval.py --peer peer/bin/python
 
 The rows are invented and shaped as Global-MMLU: of every subject five examples and some questions with four letters, the
-question about 80 tokens, two thirds of a megabyte in all. Tokens computed are positions that went through the model, padding
+question about 80 tokens. Tokens computed are positions that went through the model, padding
 included. A side is a process of its own; its seconds include tokenising, not loading. Memory is what the process held at most
 beyond what it held when model and libraries were loaded. lm-eval computes the four letters of a question in one forward too.
 """
@@ -49,8 +49,8 @@ class Config:
     shots: int = 5  # examples in front of each
     hidden: int = 128  # the model: width
     layers: int = 4  # the model: blocks
-    vocab: int = 2000  # the model: words
-    batch_tokens: int = 8192  # ours: tokens computed at once
+    vocab: int = 8192  # the model: rows of its embedding; 64 times the width, as in Aya Expanse 8B
+    batch_tokens: int = 2048  # ours: tokens computed at once
     batch_size: int = 8  # lm-eval's rows at once
     repeats: int = 3  # of each side; the least CPU time counts
     threads: int = 1  # of every process
@@ -77,12 +77,12 @@ def prepare(cfg):
     (work / "model").mkdir(parents=True)
     test, dev = invent(cfg)
     texts = [asked(row) for row in test + dev]
-    train_tokenizer(texts, cfg.vocab, work / "model")
+    train_tokenizer(texts, 2000, work / "model")
     path = work / "model" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"post_processor": BOS}), encoding="utf-8")
     chat = Chat(work / "model")
     model = Transformer(ModelConfig(
-        model_type="cohere", vocab_size=chat.vocab_size, hidden_size=cfg.hidden, intermediate_size=4 * cfg.hidden,
+        model_type="cohere", vocab_size=max(cfg.vocab, chat.vocab_size), hidden_size=cfg.hidden, intermediate_size=4 * cfg.hidden,
         num_hidden_layers=cfg.layers, num_attention_heads=cfg.hidden // 16, num_key_value_heads=cfg.hidden // 32,
         logit_scale=0.5, rope_theta=10000.0, max_position_embeddings=4096, initializer_range=0.1, bos_token_id=chat.bos,
         eos_token_id=chat.end, pad_token_id=chat.pad)).init_weights(0)
@@ -162,7 +162,7 @@ def main(cfg):
                   f"choices that differ: {chosen}."]
     head = [f"# Multiple choice beside lm-eval\n\n`{report['command']}`, commit {report['commit']}, {report['hardware']}, "
             f"{cfg.threads} thread(s), float32, on a machine that others used too: seconds are rough.\n\n{cfg.subjects} "
-            f"subjects, {cfg.questions} questions each, {cfg.shots} examples; model: width {cfg.hidden}, {cfg.layers} blocks, "
+            f"subjects, {cfg.questions} questions each, {cfg.shots} examples; model: width {cfg.hidden}, {cfg.layers} blocks, vocabulary {cfg.vocab:,}; "
             f"lm-eval's batch_size {cfg.batch_size}, ours --batch_tokens {cfg.batch_tokens}.\n"]
     for suffix, text in ((".json", json.dumps(report, indent=1)), (".md", "\n".join(head + lines))):
         with atomic_file(Path(f"{cfg.results}{suffix}")) as f:
