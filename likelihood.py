@@ -33,6 +33,8 @@ LOGITS = 2**26  # logits at once: 256 MB
 
 def first_id(chat):
     """What stands in front of a text that nothing stands in front of: BOS, or EOS where there is none (as in Qwen)."""
+    if chat.bos is None and "eos_token" not in chat.names:
+        die(f"{chat.folder}: the tokenizer has neither a BOS nor an EOS, so nothing can stand in front of a text")
     return chat.tokenizer.token_to_id(chat.names["eos_token"]) if chat.bos is None else chat.bos
 
 

@@ -23,11 +23,13 @@ def main(job):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     torch.set_num_threads(job["threads"])
-    model, tokens, plain = HFLM(pretrained=job["model"], device="cpu", dtype="float32", batch_size=job["batch_size"]), [0], None
-    plain = model._model_call
+    model = HFLM(pretrained=job["model"], device="cpu", dtype="float32", batch_size=job["batch_size"])
+    tokens, plain = [0], model._model_call
+
     def counted(ids, *other, **more):
         tokens[0] += ids.numel()
         return plain(ids, *other, **more)
+
     model._model_call = counted
     pairs = [json.loads(line) for line in Path(job["pairs"]).read_text(encoding="utf-8").splitlines()]
     requests = [Instance(request_type="loglikelihood", doc={}, arguments=tuple(pair), idx=0) for pair in pairs]

@@ -68,8 +68,7 @@ def place(value, names, where):
 
 
 def xcopa(row, language, number, where):
-    asked = ("cause", "effect")[place(row["question"], ("cause", "effect"), where)]
-    connective = dict(zip(("cause", "effect"), CONNECTIVES[language]))[asked]
+    connective = CONNECTIVES[language][place(row["question"], ("cause", "effect"), where)]
     choices = [row["choice1"], row["choice2"]]
     if not all(choices):
         return None
@@ -162,11 +161,13 @@ def read_language(task, cfg, folder, path, language):
 
 def read(task, cfg):
     repository, languages, patterns = SOURCES[task]
-    folder, items, missing = folder_of(cfg.data, repository), [], []
+    folder, items, missing, left_out = folder_of(cfg.data, repository), [], [], 0
     for language in wanted(cfg.languages, languages.split(), task):
         path = file_of(task, folder, language)
-        found = limited(read_language(task, cfg, folder, path, language), cfg.limit) if path else []
-        missing += [] if path else [language]
+        rows = read_language(task, cfg, folder, path, language) if path else []
+        found = limited(rows, cfg.limit)
+        left_out += len(rows) - len(found)
+        missing += [language] * (path is None)
         order = {name: n for n, name in enumerate(dict.fromkeys(item.get("subject") for item in found))}
         items += sorted(found, key=lambda item: order[item.get("subject")])  # who shares examples stands together
     if missing and (cfg.languages or not items):
@@ -174,6 +175,8 @@ def read(task, cfg):
         die(f"{folder} has no rows in {' '.join(missing)}: expected {', '.join(names)}")
     if missing:
         print0(f"{task}: {folder} has no rows in {' '.join(missing)}")
+    if left_out:
+        print0(f"{task}: --limit {cfg.limit} leaves out {left_out} of {left_out + len(items)} rows")
     return items
 
 
