@@ -64,13 +64,12 @@ def encode_pairs(chat, pairs):
         whole = encode(chat, [context + continuation for context, continuation in part if context])
         alone = encode(chat, [continuation for context, continuation in part if not context], special=False)
         for (context, continuation), end in zip(part, ends):
-            head, tail = heads[context[:end]] or [first_id(chat)], alone.get(continuation)
             if context:
-                tail = whole[context + continuation][len(heads[context[:end]]):]
+                head = heads[context[:end]]
+                head, tail = head or [first_id(chat)], whole[context + continuation][len(head):]
             else:
-                head = [first_id(chat)]
-                if tail[:1] == head:
-                    tail = tail[1:]
+                head, tail = [first_id(chat)], alone[continuation]
+                tail = tail[1:] if tail[:1] == head else tail  # it says BOS itself
             if not tail:
                 die(f"nothing to score: {continuation!r} has no token of its own behind {context[-40:]!r}")
             out.append((head, tail))
