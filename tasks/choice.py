@@ -214,7 +214,7 @@ def summarise(task, samples, baselines, cfg):
     table["all"]["acc_pooled_stderr"] = pooled(task, samples)
     for language, line in table.items():
         at = [s for s in samples if language in ("all", s["language"])]
-        if task in GROUPS:
+        if task in GROUPS and at:
             line["acc_stderr"] = line["acc_stderr"] if language == "all" else pooled(task, at)
             parts = Counter(s["subject_category"] for s in at)
             right = Counter(s["subject_category"] for s in at if s["correct"])

@@ -367,6 +367,7 @@ def test_standard_errors():
             # over four groups of a language and category: 1/2 and 0, two degrees of freedom, 6 values
             assert table["all"]["acc_pooled_stderr"] == pytest.approx((0.5 / 2 / 6) ** 0.5)
     assert pooled_stderr([[1.0], [0.0]]) == 0.0
+    assert choice.summarise("global_mmlu", [], {}, None) == {"all": {"n": 0, "acc_pooled_stderr": 0.0}}  # no such language
 
 
 # --- files ---
@@ -416,6 +417,9 @@ def test_codes_and_order(capsys):
     whole, some = read("global_mmlu_lite", languages=["ar"]), read("global_mmlu_lite", languages=["ar"], limit=7)
     first = {f"global_mmlu_lite-ar-{n}" for n in range(7)}  # the file's first ones, with the examples that they have without it
     assert [item for item in whole if item["id"] in first] == some
+    capsys.readouterr()
+    assert read("xstory_cloze", languages=["tr"]) == []
+    assert capsys.readouterr().out == "xstory_cloze: not in tr; it has ar en es hi id ru zh\n"
     with pytest.raises(SystemExit, match="has no folder Global-MMLU-Lite"):
         choice.read("global_mmlu_lite", Config(data=str(HERE / "chat")))
 
