@@ -202,7 +202,7 @@ def test_the_border(chat):
     qwen = Chat(HERE / "chat" / "qwen")  # no BOS: EOS stands in front of nothing, nothing in front of a text
     assert first_id(qwen) == qwen.tokenizer.token_to_id(qwen.names["eos_token"]) and qwen.bos is None
     a, b = (qwen.tokenizer.encode(text).ids for text in ("a", " b"))
-    assert encode_pairs(qwen, [("a", " b"), ("", " b")]) == [(a, b), ([first_id(qwen)], b)]
+    assert encode_pairs(qwen, [("a", " b"), ("", " b"), (" ", "b")]) == [(a, b), ([first_id(qwen)], b), ([first_id(qwen)], b)]
     del qwen.names["eos_token"]
     with pytest.raises(SystemExit, match="neither a BOS nor an EOS"):
         encode_pairs(qwen, [("", "b")])
