@@ -83,9 +83,9 @@ def prepare(cfg):
     chat = Chat(work / "model")
     model = Transformer(ModelConfig(
         model_type="cohere", vocab_size=max(cfg.vocab, chat.vocab_size), hidden_size=cfg.hidden,
-        intermediate_size=4 * cfg.hidden, num_hidden_layers=cfg.layers, num_attention_heads=cfg.hidden // 16, num_key_value_heads=cfg.hidden // 32,
-        logit_scale=0.5, rope_theta=10000.0, max_position_embeddings=4096, initializer_range=0.1, bos_token_id=chat.bos,
-        eos_token_id=chat.end, pad_token_id=chat.pad)).init_weights(0)
+        intermediate_size=4 * cfg.hidden, num_hidden_layers=cfg.layers, num_attention_heads=cfg.hidden // 16,
+        num_key_value_heads=cfg.hidden // 32, logit_scale=0.5, rope_theta=10000.0, max_position_embeddings=4096,
+        initializer_range=0.1, bos_token_id=chat.bos, eos_token_id=chat.end, pad_token_id=chat.pad)).init_weights(0)
     save(model, work / "model", source=work / "model")
     examples = examples_for("global_mmlu", test, dev, cfg.shots, "invented")
     with open(work / "pairs.jsonl", "w", encoding="utf-8") as f:
@@ -158,8 +158,8 @@ def main(cfg):
                    "tokens_ratio": runs["lm-eval"][0]["tokens"] / ours["tokens"],
                    "cpu_ratio": min(report["lm-eval"]["cpu_s"]) / min(report["nanoaya"]["cpu_s"])}
         lines += ["", f"lm-eval computes {report['tokens_ratio']:.2f} times as many tokens and takes "
-                  f"{report['cpu_ratio']:.2f} times the CPU time. Largest difference of a log-likelihood: {worst:.1e}; greedy flags that differ: {greedy}; "
-                  f"choices that differ: {chosen}."]
+                  f"{report['cpu_ratio']:.2f} times the CPU time. Largest difference of a log-likelihood: {worst:.1e}; "
+                  f"greedy flags that differ: {greedy}; choices that differ: {chosen}."]
     head = [f"# Multiple choice beside lm-eval\n\n`{report['command']}`, commit {report['commit']}, {report['hardware']}, "
             f"{cfg.threads} thread(s), float32, on a machine that others used too: seconds are rough.\n\n{cfg.subjects} "
             f"subjects, {cfg.questions} questions each, {cfg.shots} examples; model: width {cfg.hidden}, {cfg.layers} blocks, "
