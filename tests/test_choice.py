@@ -337,6 +337,13 @@ def test_as_lm_eval(folder, chat, label, task, languages, capsys):
     assert compared == len([pair for item in items for pair in choice.pairs_of(item)])
 
 
+def test_greedy_as_in_lm_eval(folder):
+    """Its rows hold nothing that a random model would say; these do."""
+    found = loglikelihoods(load(folder), [(context, said) for context, said, _, _ in EXPECTED["greedy"]])
+    assert [flag for _, flag in found] == [flag for *_, flag in EXPECTED["greedy"]] == [True, False] * 6
+    assert [a for a, _ in found] == pytest.approx([a for _, _, a, _ in EXPECTED["greedy"]], abs=DIFFERENCE)
+
+
 def test_a_tie_is_the_first_choice(folder, chat):
     """Equal texts are one input, so their sums are the same bits, whatever the batch."""
     for task, languages in (("xstory_cloze", ["ar", "zh", "en"]), ("xwinograd", ["en", "zh", "pt"])):
