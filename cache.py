@@ -53,9 +53,10 @@ class KVCache:
         self.length[ends[:, 0]] = ends[:, 1].int()
 
     def fill(self, layer, k, v):
-        """k, v (1, T, Hkv, D) of the packed row."""
+        """Stores k, v (1, T, Hkv, D) of the packed row -> what attention reads: the same."""
         where, at, source = self.plan[self.sizes[layer]]
         self.k[layer][where, :, at], self.v[layer][where, :, at] = k[0, source], v[0, source]
+        return k, v
 
     def begin_step(self, n, longest=None):
         """

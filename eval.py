@@ -36,9 +36,9 @@ from common import atomic_dir, die, init_distributed, parse_config, print0
 from model import load
 from rows import RowWriter, read_jsonl, write_rows
 from run import files_fingerprint
-from tasks import mini, pairwise, safety
+from tasks import choice, mini, pairwise, safety
 
-TASKS = {name: module for module in (mini, pairwise, safety) for name in module.TASKS}
+TASKS = {name: module for module in (choice, mini, pairwise, safety) for name in module.TASKS}
 
 
 @dataclass
@@ -51,6 +51,8 @@ class Config:
     baseline: list[str] = field(default_factory=list)  # result folders or .jsonl of completions to judge win rates against
     reward_model: str = ""  # also report the mean reward of the answers
     limit: int = 0  # rows per language at most; 0: all
+    shots: int = -1  # worked examples in front of a question, where a benchmark has any; -1: as many as is usual
+    batch_tokens: int = 8192  # multiple choice: tokens computed at once; changes no result
     items_at_once: int = 4096  # computed between two writes; a kill costs at most so many
     max_new_tokens: int = 1024  # longest answer to an open question (m-ArenaHard, Dolly, red teaming), in tokens
     judge: str = ""  # who compares answers: http(s)://host:port/v1#model, or a reward model's folder; "": nobody

@@ -123,7 +123,7 @@ class Attention(nn.Module):
             out = decode(q, keys, values, length=length, **options)
         else:
             if cache is not None:
-                cache.fill(self.layer, k, v)
+                k, v = cache.fill(self.layer, k, v)
             out = attention(q, k, v, doc_start=doc_start, window=self.window, **options)
         return self.o_proj(out.reshape(B, T, -1))
 
@@ -216,7 +216,8 @@ class Transformer(nn.Module):
         """
         ids (B, T) int64 -> (B, T, C) after the final norm. `positions` (T,) or (B, T): defaults to 0..T-1. `doc_start`
         (B, T) int32: first token of each token's document, for packed rows; positions then count from it. `cache`: a
-        cache.KVCache of which begin_fill() or begin_step() was called; a step's position is the number of tokens before it.
+        cache.KVCache of which begin_fill() or begin_step() was called; a step's position is the number of tokens before it;
+        or a likelihood.Prefixes.
         """
         if positions is None and cache is not None and cache.decoding:
             positions = cache.length[:len(ids), None]

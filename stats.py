@@ -16,6 +16,12 @@ def stderr(values):
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
+def pooled_stderr(groups):
+    """Of the mean over groups of values of which each has its own mean, as lm-evaluation-harness has it of a group of tasks."""
+    n, free = sum(map(len, groups)), sum(len(values) - 1 for values in groups)
+    return math.sqrt(sum((len(g) - 1) * stderr(g) ** 2 * len(g) for g in groups) / free / n) if free else 0.0
+
+
 def clustered_stderr(values, clusters):
     """Of a mean over rows of which those of one cluster move together: sqrt(sum over clusters of (sum of (x - mean))^2) / n."""
     values, (names, index) = np.asarray(values, dtype=float), np.unique(np.asarray(clusters), return_inverse=True)
