@@ -35,9 +35,9 @@ from common import atomic_dir, die, init_distributed, parse_config, print0
 from model import load
 from rows import RowWriter, read_jsonl, write_rows
 from run import files_fingerprint
-from tasks import mini
+from tasks import flores, mgsm, mini
 
-TASKS = {name: module for module in (mini,) for name in module.TASKS}
+TASKS = {name: module for module in (mini, mgsm, flores) for name in module.TASKS}
 
 
 @dataclass
@@ -50,6 +50,11 @@ class Config:
     baseline: list[str] = field(default_factory=list)  # result folders to judge win rates against
     reward_model: str = ""  # also report the mean reward of the answers
     limit: int = 0  # rows per language at most; 0: all
+    shots: int = 0  # solved examples in front of each question
+    split: str = "devtest"  # FLORES: or dev
+    max_new_tokens: int = 0  # longest answer; 0: the benchmark's own
+    xcomet: str = ""  # FLORES: folder of an xCOMET model, which scores the translations too
+    xcomet_scores: str = ""  # FLORES: or a file of its scores, rows with id and score
     items_at_once: int = 4096  # computed between two writes; a kill costs at most so many
     resume: str = "auto"  # auto: go on where the same command stopped; never: start over
 
