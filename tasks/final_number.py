@@ -17,9 +17,9 @@ from decimal import Decimal
 
 # What introduces the answer, as in the prompts of tasks/mgsm.py (the first of each) or as models say it anyway
 ANSWER_WORDS = {
-    "ar": "(?:ال)?إجابة|(?:ال)?جواب", "bn": "উত্তর", "cs": "Odpověď", "de": "Antwort|Ergebnis", "el": "Απάντηση", "en": "Answer",
-    "es": "Respuesta", "fa": "پاسخ|جواب", "fr": "Réponse", "he": "ה?תשובה", "hi": "उत्तर", "id": "Jawaban", "it": "Risposta",
-    "ja": "答え|こたえ|(?<![解回])答", "ko": "정답|답변|답", "nl": "Antwoord", "pl": "Odpowiedź", "pt": "Resposta", "ro": "Răspuns",
+    "ar": "(?:ال)?إجابة|(?:ال)?جواب", "bn": "উত্তর", "cs": "Odpověď", "de": "Antwort|Ergebnis", "el": "Απάντηση",
+    "en": "Answer", "es": "Respuesta", "fa": "پاسخ|جواب", "fr": "Réponse", "he": "ה?תשובה", "hi": "उत्तर", "id": "Jawaban",
+    "it": "Risposta", "ja": "答え|こたえ|(?<![解回])答", "ko": "정답|답변|답", "nl": "Antwoord", "pl": "Odpowiedź", "pt": "Resposta", "ro": "Răspuns",
     "ru": "Ответ", "sw": "Jibu", "te": "సమాధానం", "th": "คำตอบ", "tr": "Cevap|Yanıt", "uk": "Відповідь",
     "vi": "Đáp án|Đáp số|Câu trả lời|Trả lời", "zh": "答案|(?<![解回])答", "zh-Hant": "答案|(?<![解回])答"}
 
@@ -39,6 +39,7 @@ LATEX = [(re.compile(pattern), new) for pattern, new in (
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"), (r"\\(?:text|mathbf|mathrm|textbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[()\[\]]", " "))]
 
+LAST, LONGEST = 8, 1000  # how many answers of a reply that repeats itself, and characters of a line, are looked at
 VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 CURRENCY = r"[$€£¥₹₽₩₪฿₫₺₴¢]"
 EAST = {"ja", "ko", "zh", "zh-Hant"}
@@ -56,11 +57,12 @@ def plain(text):
 
 
 def number_in(language):
-    """The pattern of one number: sign, digits with marks, and what makes it more than a number (3/4, 10:30, 2½)."""
+    """The pattern of one number: sign, digits with marks, and what makes it more than a number (3/4, 10:30, 2½, 1e3)."""
     east = rf"(?:{DIGITS}{UNITS}\s?)+(?:{DIGITS})?|" if language in EAST else ""
+    power = r"\s?(?:×|\\times)\s?10\s?\^\S+|[eE][-+]?\d+"
     return re.compile(rf"(?P<sign>(?<![\w)\]])[-+](?={CURRENCY}?\s?[\d.,]))?{CURRENCY}?\s?(?P<sign2>(?<=[$€£¥])-)?"
                       rf"(?P<body>{east}(?<![\d.,])[.,]\d+|{DIGITS})"
-                      rf"(?P<more>(?:\s\d+)?\s?/\s?\d+|\s?(?:×|\\times)\s?10\s?\^\S+|[eE][-+]?\d+|(?::\d+)+|\s?[{VULGAR}]|(?:-\d+)+)?|(?P<vulgar>[{VULGAR}])")
+                      rf"(?P<more>(?:\s\d+)?\s?/\s?\d+|{power}|(?::\d+)+|\s?[{VULGAR}]|(?:-\d+)+)?|(?P<vulgar>[{VULGAR}])")
 
 
 def grouped(parts):
@@ -132,11 +134,11 @@ def pick(text, language, alone=False):
 
 
 def boxed(text):
-    """[(place, content)] of every \\boxed{...}, braces inside it included."""
+    """[(place, content)] of the last \\boxed{...}, braces inside them included."""
     found = []
-    for m in re.finditer(r"\\f?boxed\s*\{", text):
+    for m in list(re.finditer(r"\\f?boxed\s*\{", text))[-LAST:]:
         depth, end = 1, m.end()
-        while end < len(text) and depth:
+        while end < min(len(text), m.end() + LONGEST) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         found.append((m.start(), text[m.end():end - (not depth)]))
@@ -148,19 +150,19 @@ def final_number(reply, language, ended=True):
     -> (number as text, where it was). Where: "answer", behind the language's (or English's) answer word, or "boxed",
     whichever is last; else "last line", if the reply has `ended`; else None and "nothing".
     """
-    text = reply.rpartition("</think>")[2]
+    text = unicodedata.normalize("NFC", reply.rpartition("</think>")[2])
     lines_of = lambda part: [line for line in part.split("\n") if line.strip(" *_\t\r\\[]()$`#-")]
     words, more = f"{ANSWER_WORDS.get(language, 'Answer')}|Answer", r"[是为為はが]?" if language in EAST else r"(?:\s[^\W\d]+){0,2}"
     border = "" if language in EAST else r"(?<![^\W\d_])"  # "Answer", not the end of a longer word
     marker = re.compile(rf"{border}(?:{words}){more}[\s*_»”」\"')]*[:：]", re.IGNORECASE)
     places = [(place, "boxed", content) for place, content in boxed(text)]
-    places += [(m.start(), "answer", text[m.end():]) for m in marker.finditer(text)]
+    places += [(m.start(), "answer", text[m.end():]) for m in list(marker.finditer(text))[-LAST:]]
     for _, where, rest in sorted(places, reverse=True):
         here, _, below = rest.partition("\n") if where == "answer" else (rest, "", "")
         for line, alone in [(here, False), *((line, True) for line in lines_of(below)[:1])]:  # the word may stand above it
-            line = ([content for _, content in boxed(line)] or [line])[-1]
-            if number := pick(plain(line), language, alone):
+            line = ([content for _, content in boxed(line[:LONGEST])] or [line])[-1]
+            if number := pick(plain(line[:LONGEST]), language, alone):
                 return number, where
-    if ended and (lines := lines_of(text)) and (number := pick(plain(lines[-1]), language)):
+    if ended and (lines := lines_of(text)) and (number := pick(plain(lines[-1][-LONGEST:]), language)):
         return number, "last line"
     return None, "nothing"

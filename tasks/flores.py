@@ -94,7 +94,8 @@ def read(task, cfg):
     for language in wanted(cfg.languages, [language for language in CODES if language != "en"], "flores"):
         theirs = sentences(where, language, cfg.split)
         if len(theirs) != len(english):
-            die(f"{where}: {cfg.split} has {len(theirs)} sentences in {language} but {len(english)} in en: they are not parallel")
+            die(f"{where}: {cfg.split} has {len(theirs)} sentences in {language} but {len(english)} in en, so they are not "
+                "parallel")
         for direction in DIRECTIONS:
             for n, (mine, en) in enumerate(zip(theirs[:cfg.limit or None], english)):
                 source, reference = (mine, en) if direction == "to_en" else (en, mine)
