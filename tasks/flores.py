@@ -160,7 +160,7 @@ def corpus(samples, questions, weights):
 def summarise(task, samples, baselines, cfg):
     if not samples:
         return {"all": {"n": 0}}
-    questions = {q: n for n, q in enumerate(dict.fromkeys(s["question"] for s in samples))}
+    questions = {q: n for n, q in enumerate(sorted({s["question"] for s in samples}, key=int))}
     size = len(questions)
     drawn = np.random.default_rng(0).integers(size, size=(RESAMPLES, size))
     weights = np.stack([np.bincount(row, minlength=size) for row in drawn]).astype(float)  # how often each sentence is drawn

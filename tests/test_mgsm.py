@@ -157,7 +157,7 @@ def test_refusals(data, flags, words):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "one"
-    tiny.make_checkpoint(folder)
+    tiny.make_checkpoint(folder, 3, initializer_range=0.6)
     return folder
 
 
