@@ -19,8 +19,8 @@ from decimal import Decimal
 ANSWER_WORDS = {
     "ar": "(?:ال)?إجابة|(?:ال)?جواب", "bn": "উত্তর", "cs": "Odpověď", "de": "Antwort|Ergebnis", "el": "Απάντηση",
     "en": "Answer", "es": "Respuesta", "fa": "پاسخ|جواب", "fr": "Réponse", "he": "ה?תשובה", "hi": "उत्तर", "id": "Jawaban",
-    "it": "Risposta", "ja": "答え|こたえ|(?<![解回])答", "ko": "정답|답변|답", "nl": "Antwoord", "pl": "Odpowiedź", "pt": "Resposta", "ro": "Răspuns",
-    "ru": "Ответ", "sw": "Jibu", "te": "సమాధానం", "th": "คำตอบ", "tr": "Cevap|Yanıt", "uk": "Відповідь",
+    "it": "Risposta", "ja": "答え|こたえ|(?<![解回])答", "ko": "정답|답변|답", "nl": "Antwoord", "pl": "Odpowiedź", "pt": "Resposta",
+    "ro": "Răspuns", "ru": "Ответ", "sw": "Jibu", "te": "సమాధానం", "th": "คำตอบ", "tr": "Cevap|Yanıt", "uk": "Відповідь",
     "vi": "Đáp án|Đáp số|Câu trả lời|Trả lời", "zh": "答案|(?<![解回])答", "zh-Hant": "答案|(?<![解回])答"}
 
 DECIMAL_COMMA = set("cs de el es fr id it nl pl pt ro ru tr uk vi".split())  # the others, and Arabic script's ASCII: a point

@@ -26,7 +26,8 @@ from tasks.flores import chrf, chrf_stats, corpus_chrf
 
 cpu = tiny.cpu
 RECORDED = json.loads((Path(__file__).parent / "fixtures" / "mgsm.json").read_text(encoding="utf-8"))
-WORDS = {"en": "one two three", "de": "eins zwei drei", "ar": "واحد اثنان ثلاثة", "zh": "一二三", "zh-Hant": "壹貳參", "hi": "एक दो तीन"}
+WORDS = {"en": "one two three", "de": "eins zwei drei", "ar": "واحد اثنان ثلاثة", "zh": "一二三", "zh-Hant": "壹貳參",
+         "hi": "एक दो तीन"}
 N = 5
 
 
@@ -102,18 +103,21 @@ def test_all_pairs_and_limit(tmp_path, monkeypatch):
 def test_lines_are_sentences_whatever_is_in_them(tmp_path):
     folder = tmp_path / "flores200_dataset" / "devtest"
     folder.mkdir(parents=True)
-    for code, lines in (("eng_Latn", ['He said "a\tb"', "two\u2028lines", "three"]), ("deu_Latn", ['"Eins', "zwei\x85", " drei "])):
+    for code, lines in (
+            ("eng_Latn", ['He said "a\tb"', "two\u2028lines", "three"]), ("deu_Latn", ['"Eins', "zwei\x85", " drei "])):
         (folder / f"{code}.devtest").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
     items = flores.read("flores", Config(data=str(tmp_path), languages=["de"]))
     assert [i["source"] for i in items[:3]] == ['"Eins', "zwei", "drei"] and items[1]["reference"] == "two\u2028lines"
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"data": "none"}, "is no folder"), ({"split": "test"}, "devtest and dev"), ({"languages": ["xx"]}, "unknown language 'xx'"),
+    ({"data": "none"}, "is no folder"), ({"split": "test"}, "devtest and dev"),
+    ({"languages": ["xx"]}, "unknown language 'xx'"),
     ({"languages": ["cs"]}, "no devtest sentences in cs (ces_Latn)"), ({"data": "empty"}, "has no folder flores200_dataset"),
     ({"data": "short"}, "4 sentences in de but 5 in en"), ({"data": "column"}, "row 1 has no text or sentence"),
     ({"xcomet_scores": "lack.jsonl"}, "no score of 'flores-devtest-de-en-3'"),
-    ({"xcomet_scores": "nan.jsonl"}, "no score of 'flores-devtest-de-en-0'"), ({"xcomet_scores": "gone.jsonl"}, "gone.jsonl")])
+    ({"xcomet_scores": "nan.jsonl"}, "no score of 'flores-devtest-de-en-0'"),
+    ({"xcomet_scores": "gone.jsonl"}, "gone.jsonl")])
 def test_refusals(tmp_path, change, words):
     write_files(tmp_path / "full", "flores200_dataset")
     write_files(tmp_path / "short", "flores200_dataset")
@@ -174,7 +178,8 @@ def test_summary_equals_the_slow_one():
         for language, found in slow.items():
             error = table[language][f"chrfpp_{direction}_stderr"]
             assert error == pytest.approx(found.std(ddof=1), rel=0.2)
-            assert table[language][f"chrfpp_{direction}_interval"] == pytest.approx(np.percentile(found, [2.5, 97.5]), abs=error)
+            ends = np.percentile(found, [2.5, 97.5])
+            assert table[language][f"chrfpp_{direction}_interval"] == pytest.approx(ends, abs=error)
     assert [table[k]["n"] for k in ("all", "de", "zh-Hant")] == [48, 24, 24] and table["all"]["languages"] == 2
     assert table["de"]["cut_off"] == 1 / 24 and table["all"]["cut_off"] == 1 / 48
     assert flores.summarise("flores", samples, {}, None) == table and "xcomet_to_en" not in table["all"]
@@ -237,7 +242,8 @@ def test_end_to_end(checkpoint, data, tmp_path):
     table = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["results"]["flores"]
     assert list(table) == ["all", "de", "ar", "zh", "zh-Hant", "hi"] or set(table) == {"all", *WORDS} - {"en"}
     at = [s for s in samples if (s["language"], s["direction"]) == ("hi", "to_en")]
-    assert table["hi"]["chrfpp_to_en"] == pytest.approx(corpus_chrf([s["completion"] for s in at], [s["reference"] for s in at]))
+    whole = corpus_chrf([s["completion"] for s in at], [s["reference"] for s in at])
+    assert table["hi"]["chrfpp_to_en"] == pytest.approx(whole)
 
 
 def test_any_grouping_two_ranks_and_a_kill_give_the_same(checkpoint, data, tmp_path, monkeypatch):

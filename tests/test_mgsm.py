@@ -108,7 +108,8 @@ def test_chat_items(data):
     assert first == {"id": "mgsm-de-0", "language": "de", "question": "0", "reference": "12",
                      "prompt": f'{mgsm.INSTRUCTIONS["de"]}\n\nIda hat 12 Äpfel ("0")?'}
     assert [i["reference"] for i in items[:5]] == ["12", "1250", "7", "190", "36"]  # written with a thousands comma
-    assert [i["language"] for i in mgsm.read("mgsm", Config(data=str(data / "tsv"), languages=["th", "fr"], limit=1))] == ["fr", "th"]
+    two = mgsm.read("mgsm", Config(data=str(data / "tsv"), languages=["th", "fr"], limit=1))
+    assert [i["language"] for i in two] == ["fr", "th"]
     assert {i["language"] for i in mgsm.read("mgsm", Config(data=str(data / "tsv"), languages=["te"]))} == {"te"}
     assert len(mgsm.read("mgsm", Config(data=str(data / "head"), languages=["de", "zh"]))) == 10
 
