@@ -234,6 +234,8 @@ def test_end_to_end(checkpoint, data, tmp_path):
     samples = tiny.read(tmp_path / "out" / "samples_flores.jsonl")
     items = flores.read("flores", settings(checkpoint, data, tmp_path))
     assert [{k: s[k] for k in item} for s, item in zip(samples, items, strict=True)] == items
+    assert not all(s["ended"] for s in samples)  # 10 tokens are too few
+    assert flores.CODES["zh"] == "zho_Hans cmn_Hans" and flores.CODES["zh-Hant"] == "zho_Hant cmn_Hant"
     model, chat = load(checkpoint), Chat(checkpoint)
     for s in samples[::4]:
         assert s["completion"] == complete(model, chat, [s], 10)[0]["completion"].strip()
