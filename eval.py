@@ -36,9 +36,9 @@ from common import atomic_dir, die, init_distributed, parse_config, print0
 from model import load
 from rows import RowWriter, read_jsonl, write_rows
 from run import files_fingerprint
-from tasks import choice, mini, pairwise, safety
+from tasks import choice, flores, mgsm, mini, pairwise, safety
 
-TASKS = {name: module for module in (choice, mini, pairwise, safety) for name in module.TASKS}
+TASKS = {name: module for module in (choice, mgsm, flores, mini, pairwise, safety) for name in module.TASKS}
 
 
 @dataclass
@@ -53,8 +53,11 @@ class Config:
     limit: int = 0  # rows per language at most; 0: all
     shots: int = -1  # worked examples in front of a question, where a benchmark has any; -1: as many as is usual
     batch_tokens: int = 8192  # multiple choice: tokens computed at once; changes no result
+    split: str = "devtest"  # FLORES: or dev
+    max_new_tokens: int = 0  # longest answer, in tokens; 0: the benchmark's own
+    xcomet: str = ""  # FLORES: folder of an xCOMET model, which scores the translations too
+    xcomet_scores: str = ""  # FLORES: or a file of its scores, rows with id and score
     items_at_once: int = 4096  # computed between two writes; a kill costs at most so many
-    max_new_tokens: int = 1024  # longest answer to an open question (m-ArenaHard, Dolly, red teaming), in tokens
     judge: str = ""  # who compares answers: http(s)://host:port/v1#model, or a reward model's folder; "": nobody
     judge_prompt: str = "arena"  # arena: own answer first, five verdicts; aya: two lines, three verdicts
     judge_tokens: int = 4096  # longest reply of the judge, in tokens

@@ -161,11 +161,11 @@ def check(cfg):
     """Ends with one line if a flag of the judge makes no sense: before a model has answered anything."""
     if cfg.judge_prompt not in ("arena", "aya"):
         die(f"--judge_prompt is arena or aya, not {cfg.judge_prompt!r}")
-    if cfg.tau < 0 or min(cfg.strong_weight, cfg.judge_tokens, cfg.threads, cfg.max_new_tokens) < 1 or cfg.timeout <= 0 or min(
-            cfg.retries, cfg.price_in, cfg.price_out) < 0:
-        die("a judge needs tau, retries and prices >= 0, timeout > 0, strong_weight, judge_tokens, threads and "
-            f"max_new_tokens >= 1; got {cfg.tau}, {cfg.retries}, {cfg.price_in}, {cfg.price_out}, {cfg.timeout}, "
-            f"{cfg.strong_weight}, {cfg.judge_tokens}, {cfg.threads} and {cfg.max_new_tokens}")
+    if (cfg.tau < 0 or min(cfg.strong_weight, cfg.judge_tokens, cfg.threads) < 1 or cfg.timeout <= 0
+            or min(cfg.retries, cfg.price_in, cfg.price_out, cfg.max_new_tokens) < 0):
+        die("a judge needs tau, retries, prices and max_new_tokens >= 0, timeout > 0, strong_weight, judge_tokens and threads "
+            f">= 1; got {cfg.tau}, {cfg.retries}, {cfg.price_in}, {cfg.price_out}, {cfg.max_new_tokens}, {cfg.timeout}, "
+            f"{cfg.strong_weight}, {cfg.judge_tokens} and {cfg.threads}")
     if cfg.dry_run and not cfg.judge:
         die("--dry_run counts what a judge would be asked; give --judge")
     if is_endpoint(cfg.judge):

@@ -33,6 +33,7 @@ from stats import clustered_interval
 
 TASKS = ("m_arenahard", "m_arenahard_v2", "dolly")
 SETTINGS = ("max_new_tokens",)
+MAX_NEW_TOKENS = 1024  # of an answer
 REPOSITORIES = {"m_arenahard": "CohereLabs/m-ArenaHard", "m_arenahard_v2": "CohereLabs/m-ArenaHard-v2.0",
                 "dolly": "CohereLabs/aya_evaluation_suite"}
 KINDS = ("jsonl", "parquet", "json", "csv", "tsv")  # of files, the first that is there
@@ -107,7 +108,7 @@ def read(task, cfg):
 # answers and verdicts
 
 def run(task, model, chat, items, cfg):
-    made = complete(model, chat, items, cfg.max_new_tokens)
+    made = complete(model, chat, items, cfg.max_new_tokens or MAX_NEW_TOKENS)
     return [item | {key: m[key] for key in ("completion", "ended", "tokens")} for item, m in zip(items, made)]
 
 

@@ -329,7 +329,7 @@ def test_a_reward_model_needs_no_calls(rm, tmp_path, capsys):
     ({"timeout": 0.0}, "timeout"), ({"retries": -1}, "retries"), ({"price_out": -1.0}, "prices"),
     ({"judge": "", "dry_run": True}, "give --judge"), ({"judge": "http://x/v1"}, "names no model"),
     ({"judge": "no/such/folder"}, "no/such/folder"), ({"judge_tokenizer": "no/such"}, "no/such"),
-    ({"max_new_tokens": 0}, "max_new")])
+    ({"max_new_tokens": -1}, "max_new")])
 def test_refusals(changes, words, tmp_path):
     refusal(lambda: check(config("http://localhost:1/v1#j", tmp_path, **changes)), words)
 
