@@ -4,9 +4,10 @@ Evaluation: runs benchmarks of tasks/ on checkpoints, per language, and writes w
 python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval
 python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval --baseline out/mini/eval/sft
 
-OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}), samples_<task>.jsonl and
-report.html; with several models OUT/<model's folder name> each, and one report.html. --baseline takes result folders of
-earlier evaluations; their samples are what win rates are judged against, under the folder's name.
+OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}), samples_<task>.jsonl,
+table.md and report.html; with several models OUT/<model's folder name> each, and one table.md and report.html of all in OUT.
+--baseline takes result folders of earlier evaluations; their samples are what win rates are judged against, under the folder's
+name.
 
 A module of tasks/ serves the benchmarks named in its TASKS by four functions:
 
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 
 import common
+import eval_page
 from chat import Chat
 from checkpoint import find
 from common import atomic_dir, die, init_distributed, parse_config, print0
@@ -121,8 +123,11 @@ def main(cfg):
     if twin := next((name for n, name in enumerate(names) if name in names[:n]), None):
         die(f"two models are called {twin!r}: their results would have one folder; evaluate them one by one")
     items = {task: TASKS[task].read(task, cfg) for task in cfg.tasks}  # what is missing is said before anything is computed
+    folders = {name: Path(cfg.out) / name if len(names) > 1 else Path(cfg.out) for name in names}
     for path, name in zip(cfg.model, names):
-        evaluate(cfg, path, Path(cfg.out) / name if len(names) > 1 else Path(cfg.out), items, device)
+        evaluate(cfg, path, folders[name], items, device)
+    if common.is_main():
+        eval_page.write(Path(cfg.out), folders)
 
 
 if __name__ == "__main__":

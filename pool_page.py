@@ -29,6 +29,9 @@ GUARDS = {"truncated": "cut off", "empty": "empty", "language": "wrong language"
 SAMPLES, ANSWERS = 3, 6  # most of a language's prompts, and of a prompt's answers, that are shown
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what is in a report
+
 def teachers_of(report):
     """The pool, in the order it was given; then who is only met further down."""
     found = list(branch(report, "teachers"))
