@@ -112,22 +112,22 @@ def grids(title, first, columns, needed=None):
     Columns of cells, the head on top -> lines of one table or, where they are too many, several, each beginning with the
     column `first`. Columns behind the first `needed` are shown only where they fit.
     """
-    size = lambda column: max(map(width, column)) + 3
+    wide = lambda column: max(3, *map(width, column))  # room for --:
     parts, left = [], 0
     for n, column in enumerate(columns):
-        if not parts or size(column) > left:
+        if not parts or wide(column) + 3 > left:
             if parts and needed is not None and n >= needed:
                 break
             parts.append([first])
-            left = WIDTH - size(first) - 1
+            left = WIDTH - wide(first) - 4
         parts[-1].append(column)
-        left -= size(column)
+        left -= wide(column) + 3
     lines, hidden = [title, ""], len(columns) - sum(len(part) - 1 for part in parts)
     for part in parts:
-        wide = [max(map(width, column)) for column in part]
+        sizes = [wide(column) for column in part]
         rows = [[cell + " " * (w - width(cell)) if i == 0 else " " * (w - width(cell)) + cell
-                 for i, (cell, w) in enumerate(zip(row, wide))] for row in zip(*part)]
-        rows.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(wide)])
+                 for i, (cell, w) in enumerate(zip(row, sizes))] for row in zip(*part)]
+        rows.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(sizes)])
         lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     return lines + ([f"{hidden} more in results.json", ""] if hidden else [])
 

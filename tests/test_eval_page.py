@@ -321,13 +321,18 @@ def test_samples(html, one):
 def parsed(text):
     """[(title, {first cell: other cells})] of Markdown tables; every row is as wide as its head."""
     found = []
-    for part in re.findall(r"((?:^|\n)[^\n]*\n\n|\n\n)((?:\|[^\n]*\n)+)", text + "\n"):
-        title, lines = part[0].strip(), part[1].splitlines()
-        assert len({width(x) for x in lines}) == 1, title
-        assert all(re.fullmatch(r"-+:?", c.strip()) for c in lines[1].strip("|").split("|"))
-        rows = [[c.strip() for c in re.split(r"(?<!\\)\|", x)[1:-1]] for x in lines[:1] + lines[2:]]
-        found.append((title, {row[0]: row[1:] for row in rows}))
+    for part in re.split(r"\n\n(?!\|)", text):  # a title and its tables, blank lines between them
+        title, *tables = [block.split("\n") for block in part.strip("\n").split("\n\n")]
+        for lines in tables:
+            found.append((title[0], read_table(lines)))
     return found
+
+
+def read_table(lines):
+    assert len({width(x) for x in lines}) == 1, lines
+    assert all(re.fullmatch(r"-+:?", c.strip()) for c in lines[1].strip("|").split("|"))
+    rows = [[c.strip() for c in re.split(r"(?<!\\)\|", x)[1:-1]] for x in lines[:1] + lines[2:]]
+    return {row[0]: row[1:] for row in rows}
 
 
 def test_table_of_several_models(reports):
