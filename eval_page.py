@@ -78,7 +78,7 @@ def headline(reports):
         numbers.append((show(metric, value), [f"{task}, {metric}", moved and [", ", moved, " since ", name(names[0])]]))
     return h("header", h("p", "nanoaya, evaluation", class_="eyebrow"), h("h1", title),
              h("p", "In this order: ", listed(map(name, names)), ". The numbers below are those of the last one.",
-               class_="lead") if len(names) > 1 else None,
+               class_="lead") if len(names) > 1 else h("p", text_of(last, "model"), class_="lead"),
              h("p", h("b", "mini is the miniature's own benchmark."), " It shows what each step of the recipe does, not how "
                "good a model is.", class_="toy") if "mini" in tasks else None, tiles(*numbers))
 
@@ -86,14 +86,13 @@ def headline(reports):
 def win_rates(reports):
     """One model against every baseline; or every baseline met by all models."""
     names, figures = names_of(reports), []
-    says = "A tie is half a win; the bars are 95 % intervals, and the line in the middle is 50 %."
     for task in tasks_of(reports):
         metrics = {rival: f"win_rate_{rival}" for rival in baselines_of(reports, task)}
         if len(reports) == 1:
-            figures.append(duels(f"{task}: win rate", says, [
+            figures.append(duels(f"{task}: win rate", "Over all languages, against:", [
                 (rival, interval(reports[0], task, "all", metric)) for rival, metric in metrics.items()]))
         else:
-            figures += [duels(f"{task}: win rate against {rival}", says, [
+            figures += [duels(f"{task}: win rate against {rival}", "Over all languages.", [
                 (who, interval(r, task, "all", metric)) for who, r in zip(names, reports)])
                 for rival, metric in metrics.items()]
     return grid(figures) if len(reports) > 1 else figures
@@ -106,12 +105,10 @@ def wins_per_language(report):
         for n, rival in enumerate(baselines_of([report], task)):
             wins = {c: interval(report, task, c, f"win_rate_{rival}") for c in languages_of([report], task)}
             axis, codes = around_half(wins.values()), [c for c in wins if wins[c]]
-            drawn = codes and figure(
-                f"{task} against {rival}, language by language", "Purple where the interval lies above 50 %, red where it lies "
-                "below, grey where this many questions cannot tell.",
-                by_family(axis, codes, lambda c: axis.duel(name_of(c), wins[c], show("win_rate", wins[c][0]), height=26)))
-            if drawn:
-                parts.append(h("details", h("summary", h("b", f"{task} against {rival}")), drawn, open=None if n else ""))
+            row = lambda c: axis.duel(name_of(c), wins[c], show("win_rate", wins[c][0]), height=26)
+            if codes:
+                parts.append(h("details", h("summary", h("b", f"{task} against {rival}")), by_family(axis, codes, row),
+                               open=None if n else ""))
     return parts
 
 
@@ -133,8 +130,7 @@ def steps(reports):
             say = show(metric, value) if before is None else f"from {show(metric, before)} to {show(metric, value)}"
             rows.append(axis.row(who, marks, [show(metric, value), " ", change(metric, before, value)], None, say, 44))
             before = value
-        figures.append(figure(task, f"{metric}{', the lower the better' * lower_is_better(metric)}; the ring is the model "
-                              "before.", axis.ruler(), rows))
+        figures.append(figure(task, metric + ", the lower the better" * lower_is_better(metric), axis.ruler(), rows))
     return grid(figures)
 
 
@@ -303,15 +299,18 @@ def page(reports, samples):
     reports = [r for r in reports or [] if isinstance(r, dict)]
     last = names_of(reports)[-1] if reports else ""
     sections = [  # title, lead, parts
-        ("Win rates", None, win_rates(reports)),
-        ("Win rates, language by language", f"Of {last}.", wins_per_language(reports[-1]) if reports else []),
-        ("Step by step", "What each model gained over the one before it.", steps(reports)),
+        ("Win rates", "A tie is half a win; the bars are 95 % intervals, and the line in the middle is 50 %.",
+         win_rates(reports)),
+        ("Win rates, language by language", ["Of ", name(last), ". Purple where the interval lies above 50 %, "
+         "red where it lies below, grey where this many questions cannot tell."],
+         wins_per_language(reports[-1]) if reports else []),
+        ("Step by step", "What each model gained over the one before it, which is the ring.", steps(reports)),
         ("Benchmarks", None, benchmarks(reports)),
         ("Every language", None, every_language(reports)),
         ("What was judged, and by whom", "A judge is a model with tastes of its own: who it is, how often it contradicts "
          "itself when the answers change places, and how long the answers are belong to a win rate.", judged(reports)),
-        ("What was said", f"By {last}: of every language the first sample that is right and the first that is wrong, or the "
-         f"first {SAMPLES}; not the best.", what_was_said(samples)),
+        ("What was said", ["By ", name(last), ": of every language the first sample that is right and the first that is wrong, "
+         f"or the first {SAMPLES}; not the best."], what_was_said(samples)),
         ("What was run", None, models(reports))]
     return document("nanoaya: evaluation", headline(reports), sections, "Written by eval.py from results.json.")
 
