@@ -146,9 +146,7 @@ def benchmarks(reports):
             rows.append([[task, " ", h("small", metric)], *[
                 h("b", text, " ", h("small", "best")) if best is not None and v == best else text
                 for text, v in zip(cells, values)]])
-    return [table("Mean over all languages ± its standard error. Best is the best mean: where another model is within the "
-                  "errors, the order may be chance" if len(reports) > 1 else "Mean over all languages ± its standard error",
-                  ["benchmark", *names_of(reports)], rows)] if rows else []
+    return [table("Mean over all languages ± its standard error", ["benchmark", *names_of(reports)], rows)] if rows else []
 
 
 def tinted(report, task, language, metric):
@@ -219,8 +217,8 @@ def judged(reports):
         head = list(dict.fromkeys(label for row in rows.values() for label, cell in row.items() if cell != "–"))
         head = [label for label in next(iter(rows.values()), ()) if label in head]
         if rows:
-            tables.append(table(f"{task}: pairs or answers that were judged", ["", *head],
-                                [[who, *[row[label] for label in head]] for who, row in rows.items()]))
+            tables.append(h("div", table(f"{task}: pairs or answers that were judged", ["", *head], [
+                [who, *[row[label] for label in head]] for who, row in rows.items()]), class_="heat"))
     words = judges(reports, bool(tables))
     return [h("p", words, class_="lead") if words else None, tables]
 
@@ -305,7 +303,8 @@ def page(reports, samples):
          "red where it lies below, grey where this many questions cannot tell."],
          wins_per_language(reports[-1]) if reports else []),
         ("Step by step", "What each model gained over the one before it, which is the ring.", steps(reports)),
-        ("Benchmarks", None, benchmarks(reports)),
+        ("Benchmarks", "Best is the best mean; where another model is within the errors, the order may be chance."
+         if len(reports) > 1 else None, benchmarks(reports)),
         ("Every language", None, every_language(reports)),
         ("What was judged, and by whom", "A judge is a model with tastes of its own: who it is, how often it contradicts "
          "itself when the answers change places, and how long the answers are belong to a win rate.", judged(reports)),
