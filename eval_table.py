@@ -18,6 +18,7 @@ MAIN = {  # task: the metrics that stand for it, the main one first
     "mgsm_direct": ("exact_match", "flexible_extract", "remove_whitespace")}
 USUAL = ("acc", "exact_match")  # of other tasks; then win rates, then whatever comes first
 UNITS = {"chrfpp": 1, "xcomet": 3, "reward": 2, "length": 0, "tokens": 0}  # digits of metrics that are no shares
+NO_SCORE = ("win_rate_", "ended", "length", "tokens")  # what needs a baseline, and what is neither good nor bad
 LOWER = ("harmful", "no_answer", "cut_off", "loss_")  # the lower, the better
 WIDTH = 120  # of a table in a terminal
 
@@ -58,8 +59,8 @@ def main_metrics(reports, task):
 
 
 def academic(reports):
-    """[(task, metric)] of what needs no baseline."""
-    return [(t, m) for t in tasks_of(reports) for m in main_metrics(reports, t) if not m.startswith("win_rate_")]
+    """[(task, metric)] of scores that need no baseline."""
+    return [(t, m) for t in tasks_of(reports) for m in main_metrics(reports, t) if not m.startswith(NO_SCORE)]
 
 
 def other_metrics(reports, task):

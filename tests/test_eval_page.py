@@ -244,6 +244,9 @@ def test_benchmarks(html, one, reports):
     assert "best" not in " ".join(sum(list(cells(one, "Mean over all languages").values()), []))
     tie = [{"name": n, "results": {"xcopa": {"all": {"acc": 0.5}}}} for n in "ab"] + [{"name": "c"}]
     assert cells(eval_page.page(tie, {}), "Mean")["xcopa acc"] == ["50.0% best", "50.0% best", "–"]
+    bare = [{"name": n, "results": {"dolly": {"all": {"ended": v, "length": 9.5}}}} for n, v in (("a", 0.5), ("b", 0.6))]
+    titles = Page(eval_page.page(bare, {})).text("h2")  # answers that nobody judged: no one is best at them
+    assert titles.split("\n") == ["Every language"] and "dolly, ended" in table_text(bare)
 
 
 def test_every_language(html, one, reports):
