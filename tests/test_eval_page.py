@@ -402,6 +402,7 @@ def test_which_metric_is_the_main_one():
     assert main("xcopa", "x", "acc_stderr", "acc") == ["acc"] and main("mgsm", "z", "exact_match") == ["exact_match"]
     assert main("safety", "harmful_local", "harmful") == ["harmful"] and main("dolly", "ended", "win_rate_a") == ["win_rate_a"]
     assert main("new", "x_stderr", "first", "second") == ["first"] and main("new") == []
+    assert main_metrics([{"results": {"new": {"all": {"a": float("nan"), "b": 0.5}}}}], "new") == ["b"]
     assert main("mgsm_native_cot", "strict_match", "flexible_extract") == ["flexible_extract", "strict_match"]
     assert show("acc", 0.1234) == "12.3%" and show("acc", None) == "–" and show("chrfpp", 45.67, 0.123) == "45.7 ± 0.1"
     assert show("reward", -1.234) == "−1.23" and show("bleu", 35.25, 0.5) == "35.25 ± 0.50"
