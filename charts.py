@@ -1,7 +1,7 @@
 """
-What the pages of report.py and pool_page.py are made of: escaped markup, numbers that may be missing, charts whose text
-keeps its size at every width, and the stylesheet. Nothing here knows what a page is about, but for the colours and
-families of languages.
+What the pages of report.py, pool_page.py and eval_page.py are made of: escaped markup, numbers that may be missing,
+charts whose text keeps its size at every width, and the stylesheet. Nothing here knows what a page is about, but for the
+colours and families of languages.
 """
 
 import math
@@ -62,12 +62,22 @@ def win_rate(tree, *path):
     return None if None in values else values
 
 
+def text_of(tree, field):
+    """The string at tree[field], else None; empty is none."""
+    return tree[field] if isinstance(tree.get(field), str) and tree[field] else None
+
+
 def percent(value, digits=1):
     return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def plain(value, digits=2):
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(value, one=None, many=None):
+    """1234 -> "1,234", with a noun "1 prompt", "1,234 prompts"; None -> "–"."""
+    return "–" if value is None else f"{value:,.0f}" + (f" {one if value == 1 else many or one + 's'}" if one else "")
 
 
 def duration(s):
@@ -87,6 +97,16 @@ def points(before, after):
 
 def name_of(code):
     return LANGUAGES.get(code, (code,))[0]
+
+
+def name(text):
+    """A name inside a sentence: one that runs to the left does not turn the sentence round."""
+    return h("bdi", text)
+
+
+def listed(parts):
+    """[a, b, c] -> a, b, c; for h()."""
+    return [[", " if i else "", part] for i, part in enumerate(parts)]
 
 
 def colour_of(teacher):
@@ -162,16 +182,21 @@ def zoomed(values):
     return Axis(low=min(0.8, math.floor(5 * min(values, default=0)) / 5))
 
 
+def around_half(wins):
+    """An axis of win rates [mean, low, high] or None: one half in the middle, as wide as the widest needs."""
+    far = max([0.1] + [abs(v - 0.5) for win in wins if win for v in win])
+    far = min(0.5, math.ceil(10 * far - 1e-9) / 10)
+    return Axis(0.5 - far, 0.5 + far, middle="mark")
+
+
 def figure(title, caption, *parts):
     caption = h("figcaption", h("h3", title), h("p", caption))
     return h("figure", caption, h("div", parts), role="group", aria_label=title)
 
 
 def duels(title, caption, named_wins):
-    """Win rates [(label, [mean, low, high] or None, note...)]: one half in the middle, as wide as the widest needs."""
-    far = max([0.1] + [abs(v - 0.5) for _, win, *_ in named_wins if win for v in win])
-    far = min(0.5, math.ceil(10 * far - 1e-9) / 10)
-    axis = Axis(0.5 - far, 0.5 + far, middle="mark")
+    """Win rates [(label, [mean, low, high] or None, note...)]."""
+    axis = around_half([win for _, win, *_ in named_wins])
     rows = [axis.duel(label, win, note=note[0] if note else None) for label, win, *note in named_wins]
     return figure(title, caption, axis.ruler(), rows) if any(win for _, win, *_ in named_wins) else None
 

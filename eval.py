@@ -4,10 +4,11 @@ Evaluation: runs benchmarks of tasks/ on checkpoints, per language, and writes w
 python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval
 python eval.py --model out/mini/final --tasks mini --data out/mini/data --out out/my-eval --baseline out/mini/eval/sft
 
-OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}), samples_<task>.jsonl and
-report.html; with several models OUT/<model's folder name> each, and one report.html. --baseline takes result folders of
-earlier evaluations, or .jsonl files of completion rows (as generate.py writes them, with the samples' ids): what win rates are
-judged against, under the folder's or file's name. Where exact answers do not decide, --judge names who does (judge.py).
+OUT holds results.json ({"results": {task: {language or "all": {metric: value, metric_stderr, n}}}}), samples_<task>.jsonl,
+table.md and report.html; with several models OUT/<model's folder name> each, and one table.md and report.html of all in OUT.
+--baseline takes result folders of earlier evaluations, or .jsonl files of completion rows (as generate.py writes them, with the
+samples' ids): what win rates are judged against, under the folder's or file's name. Where exact answers do not decide, --judge
+names who does (judge.py).
 
 A module of tasks/ serves the benchmarks named in its TASKS by four functions:
 
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 
 import common
+import eval_page
 from chat import Chat
 from checkpoint import find
 from common import atomic_dir, die, init_distributed, parse_config, print0
@@ -156,8 +158,12 @@ def main(cfg):
     if twin := next((name for n, name in enumerate(names_of) if name in names_of[:n]), None):
         die(f"two baselines are called {twin!r}: their win rates would have one name; rename one")
     items = {task: TASKS[task].read(task, cfg) for task in cfg.tasks}  # what is missing is said before anything is computed
+    folders = {name: Path(cfg.out) / name if len(names) > 1 else Path(cfg.out) for name in names}
     for path, name in zip(cfg.model, names):
-        evaluate(cfg, path, Path(cfg.out) / name if len(names) > 1 else Path(cfg.out), items, device)
+        evaluate(cfg, path, folders[name], items, device)
+    if common.is_main() and not cfg.dry_run:
+        eval_page.write(Path(cfg.out), folders)
+        print(f"{' '.join(cfg.tasks)} of {' '.join(names)}: results, samples, table and page are in {cfg.out}")
 
 
 if __name__ == "__main__":

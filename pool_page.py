@@ -5,8 +5,9 @@ arbitrage.py writes it as report.html, beside the report.json that holds the sam
 script (charts.py); whatever the report lacks is left out of the page.
 """
 
-from charts import (OPEN_FIRST, Axis, branch, by_family, card, colour_of, document, duels, duration, figure, h,
-                    in_order, name_of, number, percent, plain, quote, table, tiles, win_rate, win_text)
+from charts import (OPEN_FIRST, Axis, branch, by_family, card, colour_of, count, document, duels, duration, figure, h,
+                    in_order, listed, name, name_of, number, percent, plain, quote, table, text_of, tiles, win_rate,
+                    win_text)
 
 ROUTERS = {  # router: who chooses (the title), in a few words (a chart), in a sentence
     "reward": ("the Arbiter chooses", "all answer, best kept",
@@ -29,27 +30,7 @@ SAMPLES, ANSWERS = 3, 6  # most of a language's prompts, and of a prompt's answe
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# words and numbers
-
-def count(value, one=None, many=None):
-    """1234 -> "1,234", with a noun "1 prompt", "1,234 prompts"; None -> "–"."""
-    return "–" if value is None else f"{value:,.0f}" + (f" {one if value == 1 else many or one + 's'}" if one else "")
-
-
-def name(text):
-    """A name inside a sentence: one that runs to the left does not turn the sentence round."""
-    return h("bdi", text)
-
-
-def listed(parts):
-    """[a, b, c] -> a, b, c; for h()."""
-    return [[", " if i else "", part] for i, part in enumerate(parts)]
-
-
-def text_of(tree, field):
-    """The string at tree[field], else None; empty is none."""
-    return tree[field] if isinstance(tree.get(field), str) and tree[field] else None
-
+# what is in a report
 
 def teachers_of(report):
     """The pool, in the order it was given; then who is only met further down."""

@@ -297,8 +297,14 @@ def evaluated(folder):
 
 
 def test_several_models_in_one_call(folder, evaluated):
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["one", "two"]
-    assert [line.split(",")[0] for line in evaluated.splitlines()] == ["one", "two"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["one", "report.html", "table.md", "two"]
+    assert [line.split(",")[0] for line in evaluated.splitlines()[:2]] == ["one", "two"]
+    assert evaluated.endswith((folder / "out" / "table.md").read_text(encoding="utf-8"))
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    for name in ("one", "two"):
+        right = results(folder / "out" / name)["results"]["mini"]["ko"]
+        shown = f"{100 * right['exact_match']:.1f}% ± {100 * right['exact_match_stderr']:.1f}"
+        assert shown in page and shown in evaluated
     rows = tiny.read(folder / "data" / "test.jsonl")
     for name in ("one", "two"):
         out = folder / "out" / name
@@ -335,6 +341,8 @@ def test_format_of_results(folder, evaluated):
 
 def test_limit(folder):
     main(Config(model=[str(folder / "one")], data=str(folder / "data"), out=str(folder / "limited"), limit=3))
+    assert sorted(p.name for p in (folder / "limited").iterdir()) == [
+        "report.html", "results.json", "samples_mini.jsonl", "table.md"]
     samples = tiny.read(folder / "limited" / "samples_mini.jsonl")
     rows = tiny.read(folder / "data" / "test.jsonl")
     expected = [r["id"] for language in ("fr", "ko", "ar") for r in [r for r in rows if r["language"] == language][:3]]

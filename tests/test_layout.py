@@ -29,6 +29,7 @@ LAYERS = {
     "endpoint": 1.2, "asking": 1.5,  # models that run elsewhere: one request, and many
     "cache": 0.6, "sampler": 1.6,  # keys and values, and the engine that samples with them
     "routers": 0.6, "teachers": 2.3, "pool": 2.4, "pool_report": 2.3, "pool_page": 2.5,  # arbitrage: who answers, and whose answer is kept
+    "eval_table": 2.4, "eval_page": 2.5,  # what eval.py's results say, as text and as a page
     "stats": 0, "benchmarks": 0.6, "likelihood": 2, "generate": 2, "reward": 2, "judge": 2.2, "tasks": 2.5, "charts": 2, "watch": 2.5,
     "train_sft": 3, "train_rm": 3, "train_dpo": 3, "arbitrage": 3, "merge": 3, "eval": 3, "report": 3,
     "mini.make": 3, "mini.prepare": 3, "mini.pairs": 3, "mini.best_of_k": 3, "mini.summary": 3,
