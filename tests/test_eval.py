@@ -299,7 +299,8 @@ def evaluated(folder):
 def test_several_models_in_one_call(folder, evaluated):
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["one", "report.html", "table.md", "two"]
     assert [line.split(",")[0] for line in evaluated.splitlines()[:2]] == ["one", "two"]
-    assert evaluated.endswith((folder / "out" / "table.md").read_text(encoding="utf-8"))
+    table, last = (folder / "out" / "table.md").read_text(encoding="utf-8"), evaluated.splitlines()[-1]
+    assert table in evaluated and last.startswith("mini of one two: results") and last.endswith(str(folder / "out"))
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     for name in ("one", "two"):
         right = results(folder / "out" / name)["results"]["mini"]["ko"]
