@@ -386,7 +386,7 @@ def test_random_generators_of_every_rank_go_on(inputs, tmp_path):
 FIXED = {"model", "tokenizer", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "init_std", "data",
          "languages", "batch_size", "batch_tokens", "max_tokens", "seed", "pairs", "lm_weight", "prompts",
          "reward_model", "rounds", "samples", "temperature", "max_new_tokens", "prompts_at_once", "margin", "beta",
-         "live_reference", "max_steps", "epochs", "guards", "sft", "judge", "watch", "watch_prompts", "on_hacking"}
+         "live_reference", "max_steps", "epochs", "guards", "rejected_guards", "sft", "judge", "watch", "watch_prompts", "on_hacking"}
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo], ids=lambda script: script.__name__)

@@ -454,8 +454,10 @@ def test_online_rounds(cuts, ranks):
         rewards = score(rm, chat, [(r["prompt"], r["completion"]) for r in done])
         assert [r["reward"] for r in done] == pytest.approx(rewards, abs=1e-3)
         expected = []
-        for i in ids:  # best against worst of what ended and says something
-            group = sorted(r["reward"] for r in sampled if r["id"] == i and r["ended"] and r["completion"].strip())
+        for i in ids:  # best against worst of what ended and says something: a text of control characters does not
+            assert all(("truncated" in r["flags"]) == (not r["ended"]) for r in sampled)
+            assert all(r["completion"].strip() or "empty" in r["flags"] for r in sampled)
+            group = sorted(r["reward"] for r in sampled if r["id"] == i and not {"truncated", "empty"} & set(r["flags"]))
             if len(group) > 1 and group[0] < group[-1]:
                 expected.append((i, group[-1], group[0]))
             else:
