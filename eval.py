@@ -21,6 +21,7 @@ and SETTINGS, the flags that its samples depend on. Every sample is on the disk,
 model's weights, the item and these flags: killed and run again, only the rest is computed.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -34,7 +35,7 @@ import common
 import eval_page
 from chat import Chat
 from checkpoint import find
-from common import atomic_dir, die, init_distributed, parse_config, print0
+from common import atomic_dir, atomic_file, die, init_distributed, parse_config, print0
 from model import load
 from rows import RowWriter, read_jsonl, write_rows
 from run import files_fingerprint
@@ -81,18 +82,16 @@ def key_of(model, task, item, cfg):
     return hashlib.sha256(json.dumps([model, task, item, settings], sort_keys=True).encode("utf-8")).hexdigest()[:32]
 
 
-def samples_of(cfg, task, items, path, fingerprint, work, device):
-    """A sample for each item, in order: those that `work` holds, and the rest from the model, which is loaded if needed."""
+def samples_of(cfg, task, items, loaded, fingerprint, work):
+    """A sample for each item, in order: those that `work` holds, and the rest from the model; loaded() -> (model, its Chat)."""
     file, names = work / f"samples_{task}.jsonl", [key_of(fingerprint, task, item, cfg) for item in items]
     writer = RowWriter(file)
     known = {row["key"]: row["sample"] for row, _ in read_jsonl(file)}
     common.barrier()
     todo = [(name, item) for name, item in zip(names, items) if name not in known]
-    if todo:
-        model, chat = load(path, device=device), Chat(path)
     for begin in range(0, len(todo), cfg.items_at_once):
         part = todo[begin:begin + cfg.items_at_once]
-        made = TASKS[task].run(task, model, chat, [item for _, item in part], cfg)
+        made = TASKS[task].run(task, *loaded(), [item for _, item in part], cfg)
         rows = [{"key": name, "sample": sample} for (name, _), sample in zip(part, made)]
         writer.add(rows)
         known |= {row["key"]: row["sample"] for row in rows}
@@ -115,28 +114,28 @@ def evaluate(cfg, path, out, items, device):
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
     common.barrier()
+    loaded = functools.cache(lambda: (load(path, device=device), Chat(path)))  # only if something is left to compute
     for task in cfg.tasks:
-        samples[task] = samples_of(cfg, task, items[task], path, fingerprint, work, device)
+        samples[task] = samples_of(cfg, task, items[task], loaded, fingerprint, work)
+    del loaded  # the judge may need its memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    for task in cfg.tasks:
+        baselines = read_baselines(cfg, task)
+        if finish := getattr(TASKS[task], "finish", None):
+            samples[task] = finish(task, samples[task], baselines, cfg, device)
+        if not cfg.dry_run:
+            results[task] = TASKS[task].summarise(task, samples[task], baselines, cfg)
     if cfg.dry_run:
-        for task in cfg.tasks:
-            if finish := getattr(TASKS[task], "finish", None):
-                finish(task, samples[task], read_baselines(cfg, task), cfg, device)
         return print0(f"{Path(path).name}: the answers wait in {work}: the same command without --dry_run goes on with them")
     with atomic_dir(out) as folder:
-        for task in cfg.tasks:
-            baselines = read_baselines(cfg, task)
-            if finish := getattr(TASKS[task], "finish", None):
-                samples[task] = finish(task, samples[task], baselines, cfg, device)
-            results[task] = TASKS[task].summarise(task, samples[task], baselines, cfg)
-            if common.is_main():
-                write_rows(folder / f"samples_{task}.jsonl", samples[task])
         if common.is_main():
+            for task in cfg.tasks:
+                write_rows(folder / f"samples_{task}.jsonl", samples[task])
             report = {"model": path, "fingerprint": fingerprint, "commit": common.git_commit(), "hardware": common.hardware(),
-                      "config": asdict(cfg),
-                      "seconds": round(time.time() - begin, 2), "results": results}
-            (folder / "results.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+                      "seconds": round(time.time() - begin, 2), "config": asdict(cfg), "results": results}
+            with atomic_file(folder / "results.json") as f:
+                json.dump(report, f, ensure_ascii=False, indent=1)
     if common.is_main():
         shutil.rmtree(work)
     for task, table in results.items():
@@ -158,6 +157,8 @@ def main(cfg):
     if twin := next((name for n, name in enumerate(names_of) if name in names_of[:n]), None):
         die(f"two baselines are called {twin!r}: their win rates would have one name; rename one")
     items = {task: TASKS[task].read(task, cfg) for task in cfg.tasks}  # what is missing is said before anything is computed
+    for task in cfg.tasks:
+        read_baselines(cfg, task)
     folders = {name: Path(cfg.out) / name if len(names) > 1 else Path(cfg.out) for name in names}
     for path, name in zip(cfg.model, names):
         evaluate(cfg, path, folders[name], items, device)
