@@ -249,11 +249,11 @@ def arbitrate(cfg, at_end):
         work = at_end.enter_context(Work(cfg, settings))
 
         # 2) can the Arbiter be trusted? before anything is paid for
-        audit, untrusted = audited(cfg, arbiters, {prompts[n]["language"] for n in numbers}, work.folder / "audit.json")
+        ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
+        audit, untrusted = audited(cfg, arbiters, set(languages), work.folder / "audit.json")
 
         # 3) answers and rewards
-        files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, arbiters, work, device)
-        ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
+        files, stopped, sample = ask(cfg, pool, picks, prompts, numbers, ids, languages, arbiters, work, device)
         table, counts = make_table(files, cfg.guards, names, ids, languages)
 
     # 4) routing

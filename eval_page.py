@@ -8,8 +8,7 @@ whatever the reports lack is left out of the page. A report is described in eval
 import json
 
 from charts import (OPEN_FIRST, Axis, around_half, branch, by_family, card, count, document, duels, duration, figure, h,
-                    in_order, listed, name, name_of, number, plain, quote, table, text_of, tiles,
-                    win_text)
+                    listed, name, name_of, number, plain, quote, table, text_of, tiles, win_text)
 from common import atomic_file
 from eval_table import (academic, baselines_of, languages_of, lower_is_better, main_metrics, metrics_of, names_of,
                         other_metrics, show, shown, table_text, tasks_of, unit)

@@ -190,12 +190,12 @@ def kept_picks(work, ids, picks, names):
     return np.array([names.index(now[i]) if i in now else -1 for i in ids], dtype=int)
 
 
-def ask(cfg, pool, picks, prompts, numbers, arbiters, work, device):
+def ask(cfg, pool, picks, prompts, numbers, ids, languages, arbiters, work, device):
     """
-    The teachers answer the prompts with these `numbers`, all of them or those that are picked, and the Arbiter scores ->
-    ([RowsOnDisk] of scored rows, {teacher: why it was given up}, (P,) bool: the scored sample, which picks are fitted on).
+    The teachers answer the prompts with these `numbers`, ids and languages, all of them or those that are picked, and the
+    Arbiter scores -> ([RowsOnDisk] of scored rows, {teacher: why it was given up}, (P,) bool: the scored sample, which picks
+    are fitted on).
     """
-    ids, languages = zip(*((row["id"], row["language"]) for row in map(prompts.__getitem__, numbers)))
     languages = np.array(languages)
     able = np.array([[teacher.speaks(language) for teacher in pool] for language in languages])
     if lost := [language for language in dict.fromkeys(languages.tolist()) if not able[languages == language].any()]:

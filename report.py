@@ -8,7 +8,6 @@ python report.py --run out/mini     # reads results.json and eval/<stage>/sample
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 

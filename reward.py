@@ -34,6 +34,7 @@ from languages import code_of
 from model import Linear, Transformer, causal, fill, write_checkpoint
 from rows import check_row, read_jsonl, read_rows, write_rows
 from sharding import unsharded
+from stats import wilson
 
 ARCHITECTURE = "CohereForRewardModel"  # ours: transformers has no Cohere sequence classifier
 CLASSIFIERS = [f"{name}ForSequenceClassification" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")]
@@ -241,12 +242,6 @@ def read_audit(paths):
             check_row(row, "preferences", where)
             rows.append(row)
     return rows
-
-
-def wilson(share, n, z=1.96):
-    """95 % interval of a share of n (Wilson 1927): unlike mean and standard error it holds near 0 and 1 and for few."""
-    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
 
 
 def audit(rows, chosen, rejected, judge=None):

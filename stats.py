@@ -22,6 +22,12 @@ def pooled_stderr(groups):
     return math.sqrt(sum((len(g) - 1) * stderr(g) ** 2 * len(g) for g in groups) / free / n) if free else 0.0
 
 
+def wilson(share, n, z=1.96):
+    """95 % interval of a share of n (Wilson 1927): unlike mean and standard error it holds near 0 and 1 and for few."""
+    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+
 def clustered_stderr(values, clusters):
     """Of a mean over rows of which those of one cluster move together: sqrt(sum over clusters of (sum of (x - mean))^2) / n."""
     values, (names, index) = np.asarray(values, dtype=float), np.unique(np.asarray(clusters), return_inverse=True)

@@ -20,7 +20,6 @@ Every completion is appended to a file as soon as its part is done; one model is
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,13 +19,13 @@ import dataclasses
 import gc
 import hashlib
 import json
-import math
 import random
 import statistics
 
 import torch
 
 import reward
+import stats
 from chat import Chat
 from checkpoint import find
 from common import all_sum, atomic_file, barrier, die, gather_list, is_main, print0, rank, world
@@ -139,7 +139,7 @@ def kl(log_ratios):
 
 def stderr(values):
     """Standard error of the mean; None of one value, which does not say."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return stats.stderr(values) if len(values) > 1 else None
 
 
 def win(mine, theirs, my_text, their_text):

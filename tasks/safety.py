@@ -20,8 +20,7 @@ from benchmarks import folder_of, limited, need, read_table, wanted
 from common import die, print0
 from endpoint import is_endpoint
 from languages import LANGUAGES, THREE_LETTERS
-from reward import wilson
-from stats import stderr
+from stats import stderr, wilson
 from tasks.pairwise import find_table, run  # noqa: F401  the same answers
 
 TASKS = ("safety",)

@@ -15,7 +15,7 @@ from chat import Chat
 from common import atomic_dir
 from endpoint import KEY
 from eval import Config
-from judge import QUESTIONS, ask, check, compare, estimated_tokens, messages, read_arena, read_aya, read_harm, spoken
+from judge import QUESTIONS, check, compare, estimated_tokens, messages, read_arena, read_aya, read_harm, spoken
 from reward import load_reward_model, new_reward_model, score, write_reward_model
 from test_endpoint import refusal, serving, waits, whole  # noqa: F401  waits: no test waits for a retry
 

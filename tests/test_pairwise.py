@@ -23,7 +23,8 @@ from eval import Config, main
 from generate import complete
 from model import load
 from judge import spoken
-from reward import new_reward_model, wilson, write_reward_model
+from reward import new_reward_model, write_reward_model
+from stats import wilson
 from stats import clustered_interval
 from tasks import pairwise, safety
 from tasks.pairwise import answers_of, controlled_rate, rates, summarise

@@ -25,7 +25,8 @@ from data import encode_row, pad_batch
 from model import load
 from languages import code_of
 from reward import (Config, RewardModel, audit, best_against_worst, load_reward_model, main, new_reward_model, read_audit, score,
-                    wilson, write_reward_model)
+                    write_reward_model)
+from stats import wilson
 from train_rm import bradley_terry_loss
 
 cpu = tiny.cpu
